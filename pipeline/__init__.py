@@ -1,0 +1,1 @@
+"""Train visual-search models whose next generation searches the old gallery."""

@@ -1,0 +1,1 @@
+"""How a new generation is held to its parents."""

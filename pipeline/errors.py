@@ -1,0 +1,31 @@
+"""Errors that a user can mend.
+
+Each message is one line that says what is wrong, where, and what to do. Jobs print it and exit with the
+class's `exit_code`, without a traceback. Broken invariants of our own are assertions, never these.
+"""
+
+
+class PipelineError(Exception):
+    """A mistake in what the user gave, or a failure of the world around us, told in one line."""
+
+    exit_code = 2
+
+
+class ConfigError(PipelineError):
+    """The run config does not say something that can be run."""
+
+
+class DataError(PipelineError):
+    """A data set is missing, empty, broken or not the one it was."""
+
+
+class GenerationError(PipelineError):
+    """A generation's artefact is missing, changed or not what the config asks for."""
+
+
+class RegistryError(PipelineError):
+    """The tracking server or the model registry does not hold what is needed."""
+
+
+class ClusterError(PipelineError):
+    """Ray, or a worker on it, could not do what was asked."""

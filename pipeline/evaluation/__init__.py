@@ -1,0 +1,1 @@
+"""Metrics, the compatibility matrix and its pictures."""

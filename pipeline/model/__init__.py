@@ -1,0 +1,1 @@
+"""Backbones, margins and the classifier sharded over ranks."""

@@ -1,0 +1,1 @@
+"""One training run: engine, step, loop, checkpoint. Imports neither Ray, DALI nor MLflow."""
