@@ -27,5 +27,9 @@ class RegistryError(PipelineError):
     """The tracking server or the model registry does not hold what is needed."""
 
 
+class TrainingError(PipelineError):
+    """A training run cannot go on: its loss is not a number, or its loader fails."""
+
+
 class ClusterError(PipelineError):
     """Ray, or a worker on it, could not do what was asked."""

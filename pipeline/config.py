@@ -1,0 +1,227 @@
+"""The run config: what `configs/*.yaml` say, checked, completed, and comparable by digest.
+
+Each section's model stands beside what it configures; this file joins them, reads YAML and command-line overrides,
+and tells a mistake in one line that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from pipeline.compat.parents import CompatConfig
+from pipeline.data.order import OrderConfig
+from pipeline.data.packing import PackConfig
+from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
+from pipeline.data.typefaces import TypefaceConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluation.compatibility import EvaluationConfig
+from pipeline.model.backbones import BackboneConfig
+from pipeline.model.margins import MarginConfig
+from pipeline.registry import TrackingConfig
+from pipeline.schema import Config
+from pipeline.training.trainer import TrainingConfig
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+def default_home() -> Path:
+    """Where data, runs and the MLflow store live: BCT_HOME, else the folder that holds the virtual environment.
+
+    A job that Ray starts runs in a copy of the checkout, which is gone tomorrow; its interpreter is not.
+    """
+    if home := os.environ.get("BCT_HOME"):
+        return Path(home).expanduser().absolute()
+    return Path(sys.prefix).absolute().parent if sys.prefix != sys.base_prefix else Path.home() / "bct"
+
+
+class DataConfig(Config):
+    """Where the shards are, and how they are made where they are missing."""
+
+    train: Path = Field(Path("data/train"), description="folder of the training shards; relative to home")
+    test: Path | None = Field(Path("data/test"), description="folder of the held-out shards; none: no evaluation")
+    source: Literal["typefaces", "none"] = Field(
+        "none", description="typefaces: fetch, render and pack them where missing; none: the shards must be there"
+    )
+    typefaces: TypefaceConfig = TypefaceConfig()
+    pack: PackConfig = PackConfig()
+    order: OrderConfig = OrderConfig()
+    verify: bool = Field(True, description="compare every shard's sha256 with the manifest before training")
+
+
+class ClusterConfig(Config):
+    """What is asked of Ray."""
+
+    workers: int = Field(2, ge=1, description="training processes")
+    cpus_per_worker: float = Field(1, gt=0, description="Ray CPUs that a worker reserves; also its threads")
+    gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
+    max_failures: int = Field(2, ge=0, description="times that lost workers are replaced, from the last checkpoint")
+
+
+class GenerationConfig(Config):
+    """One generation: what it is, what it learns from, and what it must stay compatible with."""
+
+    identities: int | None = Field(None, ge=2, description="how many of the data set's identities; none: all of them")
+    parents: tuple[str, ...] = Field((), description="older generations whose galleries it must search")
+    paragon_of: str | None = Field(None, description="the generation whose update gain this one is the yardstick of")
+    backbone: BackboneConfig = BackboneConfig()
+    margin: MarginConfig = MarginConfig(name="cosface", scale=20.0, m3=0.2)
+    compat: CompatConfig = CompatConfig()
+    augment: AugmentConfig = AugmentConfig()
+    training: TrainingConfig = TrainingConfig()
+    seed: int = Field(0, ge=0, lt=2**31, description="of initial weights, order and augmentation")
+
+    @model_validator(mode="after")
+    def _parents_fit_the_method(self) -> Self:
+        if self.parents and self.compat.method == "independent":
+            raise ValueError("compat.method 'independent' takes no parents; remove them or choose 'bct'")
+        return self
+
+
+class RunConfig(Config):
+    """One run: a data set, a family of generations in the order of their training, and their evaluation."""
+
+    name: str = Field(pattern=NAME, description="of the run and its family: MLflow experiment and registered model")
+    home: Path = Field(default_factory=default_home, description="absolute folder of data, runs and MLflow's store")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the choice of identities")
+    data: DataConfig = DataConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    generations: dict[str, GenerationConfig] = Field(min_length=1, description="by name, oldest first")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("home")
+    @classmethod
+    def _home_is_absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _generations_fit_together(self) -> Self:
+        for name, generation in self.generations.items():
+            backbone, preprocess = generation.backbone, self.preprocess
+            if (backbone.image_size, backbone.channels) != (preprocess.size, preprocess.channels):
+                raise ValueError(
+                    f"generations.{name}.backbone takes {backbone.image_size} px images of {backbone.channels} channels, "
+                    f"but preprocess gives {preprocess.size} px of {preprocess.channels}"
+                )
+            if name in generation.parents:
+                raise ValueError(f"generations.{name}.parents names itself")
+            if generation.paragon_of is not None and generation.paragon_of not in self.generations:
+                raise ValueError(f"generations.{name}.paragon_of names {generation.paragon_of!r}, which is not in this run")
+            if self.cluster.workers > generation.training.global_batch:
+                raise ValueError(
+                    f"generations.{name}.training.global_batch is {generation.training.global_batch}, "
+                    f"less than one sample for each of {self.cluster.workers} workers"
+                )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Of everything that this run writes."""
+        return self.home / "runs" / self.name
+
+    def shaping(self, name: str) -> dict[str, Any]:
+        """All that shapes generation `name`, as plain JSON: two runs that agree in it train the same model."""
+        generation = self.generations[name].model_dump(mode="json", exclude={"paragon_of"})
+        generation["training"].pop("checkpoint_every")
+        generation["training"].pop("log_every")
+        order = self.data.order.model_dump(mode="json")
+        return {**generation, "subset_seed": self.seed, "preprocess": self.preprocess.model_dump(mode="json"), "order": order}
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two JSON objects differ, with both values."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        path, left, right = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += differing_keys(left, right, f"{path}.")
+        elif left != right:
+            lines.append(f"{path} (was {left!r}, now {right!r})")
+    return lines
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key.sub=value` overrides, each value read as YAML.
+
+    `defaults`, beside `generations`, is merged under each of them.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown, or a value is out of range.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} is missing") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds no mapping of keys to values")
+    for override in overrides:
+        _apply(tree, override)
+    defaults = tree.pop("defaults", None) or {}
+    if isinstance(generations := tree.get("generations"), dict):
+        tree["generations"] = {name: _merge(defaults, own or {}) for name, own in generations.items()}
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(_lines(error, tree))}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        if not isinstance(node.setdefault(part, {}), dict):
+            raise ConfigError(f"override {override!r}: {part} holds a value, not a section")
+        node = node[part]
+    node[last] = yaml.safe_load(text)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _lines(error: pydantic.ValidationError, tree: dict[str, Any]) -> Iterator[str]:
+    """One short sentence for each thing that is wrong."""
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1, cutoff=0.4)
+            yield f"unknown key {path}" + (f", did you mean {nearest[0]}?" if nearest else "")
+        elif problem["type"] == "missing":
+            yield f"{path} is missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = problem.get("input")
+            told = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            yield f"{path}: {message}{told}" if path else message
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section at `location`; below a mapping's free names stands the model of its values."""
+    model: type[BaseModel] = RunConfig
+    parts = iter(location)
+    for part in parts:
+        annotation: Any = model.model_fields[str(part)].annotation
+        if getattr(annotation, "__origin__", None) is dict:
+            next(parts, None)
+            annotation = annotation.__args__[1]
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,190 @@
+"""The generation artefact: one trained model and all that the next generation needs of it.
+
+A folder:
+
+    generation.json                      the record; its digest is the generation's identity
+    backbone.safetensors                 weights and buffers by name
+    classifier-START-STOP.safetensors    rows [START, STOP) of the prototypes, one file a rank that wrote
+    identities.parquet                   the key of each row
+    selftest.safetensors                 a few images as the backbone saw them, and the features it gave
+
+Nothing in it is unpickled. The record is written last and the folder renamed into place: an artefact is there
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.data.preprocess import PreprocessConfig
+from pipeline.errors import GenerationError
+from pipeline.files import file_sha256, write_json
+from pipeline.identities import IdentityTable
+from pipeline.model.backbones import BackboneConfig, build_backbone
+from pipeline.model.margins import MarginConfig
+from pipeline.schema import Config, digest_json
+
+RECORD, BACKBONE, IDENTITIES, SELFTEST = (
+    "generation.json",
+    "backbone.safetensors",
+    "identities.parquet",
+    "selftest.safetensors",
+)
+CLASSIFIER_PART = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
+SELFTEST_COSINE = 0.999  # other kernels and thread counts move features by far less
+
+
+class GenerationRecord(Config):
+    """What generation.json holds."""
+
+    format: int = Field(1, description="of this record; readers refuse those that they do not know")
+    family: str = Field(description="generations of one family share a registered model")
+    name: str = Field(description="of the generation, unique in its family")
+    parents: dict[str, str] = Field(default_factory=dict, description="digest of each parent, by name")
+    backbone: BackboneConfig
+    preprocess: PreprocessConfig
+    margin: MarginConfig
+    identities: int = Field(gt=0, description="rows of the classifier")
+    config: dict[str, object] = Field(description="the resolved config of the training run")
+    config_digest: str
+    data_digest: str = Field(description="of the manifest of the training data")
+    code_version: str
+    training: dict[str, float] = Field(default_factory=dict, description="steps and last losses of the run")
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each file beside the record")
+
+
+class Generation:
+    """A generation on disk.
+
+    Raises:
+        GenerationError: there is none at `path`, or its record cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = (path / RECORD).read_text()
+        except FileNotFoundError:
+            raise GenerationError(f"no generation at {path}: {RECORD} is missing; train it first") from None
+        try:
+            self.record = GenerationRecord.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            raise GenerationError(f"{path / RECORD} is not a generation's record: {error.errors()[0]['msg']}") from None
+        if self.record.format != 1:
+            raise GenerationError(f"{path / RECORD} has format {self.record.format}; this version reads format 1")
+
+    @cached_property
+    def digest(self) -> str:
+        """Sha256 of the record, which holds those of all files: equal digests are equal generations."""
+        return digest_json(self.record.model_dump(mode="json"))
+
+    def verify(self) -> None:
+        """Check every file against the record.
+
+        Raises:
+            GenerationError: names the first file that is missing or has changed.
+        """
+        for name, expected in self.record.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise GenerationError(f"generation {self.record.name!r}: {path} is missing; restore it or train again")
+            if file_sha256(path) != expected:
+                raise GenerationError(
+                    f"generation {self.record.name!r}: {path} has changed since it was written; "
+                    "restore it or train again"
+                )
+
+    def identities(self) -> IdentityTable:
+        """The key of each row of the classifier."""
+        return IdentityTable.load(self.path / IDENTITIES)
+
+    def load_backbone(self) -> nn.Module:
+        """The backbone with its weights, in evaluation mode, on the CPU."""
+        backbone = build_backbone(self.record.backbone)
+        backbone.load_state_dict(load_file(self.path / BACKBONE))
+        return backbone.eval()
+
+    def read_classifier_rows(self, rows_K: npt.NDArray[np.int64]) -> Tensor:
+        """(K, D) float32 prototypes of the given rows, reading only the files and spans that hold them."""
+        out = torch.empty(len(rows_K), self.record.backbone.embedding_dim)
+        found = np.zeros(len(rows_K), bool)
+        for name in self.record.files:
+            if not (match := CLASSIFIER_PART.fullmatch(name)):
+                continue
+            start, stop = int(match[1]), int(match[2])
+            inside = np.flatnonzero((rows_K >= start) & (rows_K < stop))
+            if not len(inside):
+                continue
+            first, last = int(rows_K[inside].min()) - start, int(rows_K[inside].max()) - start + 1
+            with safe_open(self.path / name, framework="pt") as part:
+                span = part.get_slice("weight")[first:last]
+            out[torch.from_numpy(inside)] = span[torch.from_numpy(rows_K[inside] - start - first)]
+            found[inside] = True
+        assert found.all(), "rows outside the classifier"
+        return out
+
+    def reproduce_selftest(self) -> float:
+        """Embed the stored images again and return the smallest cosine to the stored features.
+
+        Raises:
+            GenerationError: the backbone does not give what it gave when it was saved.
+        """
+        try:
+            stored = load_file(self.path / SELFTEST)
+            with torch.no_grad():
+                features_ND = self.load_backbone()(stored["images"])
+        except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:
+            raise GenerationError(f"generation {self.record.name!r} at {self.path} cannot be loaded: {error}") from None
+        cosine = float(F.cosine_similarity(features_ND, stored["features"]).min())
+        if not cosine >= SELFTEST_COSINE:
+            raise GenerationError(
+                f"generation {self.record.name!r} at {self.path} does not reproduce its self-test "
+                f"(cosine {cosine:.4f} to the stored features): the artefact or the code has changed"
+            )
+        return cosine
+
+
+def write_classifier_part(folder: Path, weight_CD: Tensor, start: int, stop: int) -> None:
+    """Write rows [start, stop) of a classifier, one rank's part. An empty part writes nothing."""
+    assert weight_CD.shape[0] == stop - start
+    if stop > start:
+        save_file(
+            {"weight": weight_CD.detach().contiguous()}, folder / f"classifier-{start:012d}-{stop:012d}.safetensors"
+        )
+
+
+def seal(
+    folder: Path,
+    destination: Path,
+    record: GenerationRecord,
+    backbone_state: dict[str, Tensor],
+    identities: IdentityTable,
+    selftest_images: Tensor,
+) -> Generation:
+    """Complete `folder`, which holds every classifier part, and rename it into place.
+
+    The self-test is made by a backbone loaded from what was just written, so that it also proves the file.
+    """
+    save_file({name: value.detach().contiguous().cpu() for name, value in backbone_state.items()}, folder / BACKBONE)
+    identities.save(folder / IDENTITIES)
+    backbone = build_backbone(record.backbone)
+    backbone.load_state_dict(load_file(folder / BACKBONE))
+    with torch.no_grad():
+        features_ND = backbone.eval()(selftest_images)
+    save_file({"images": selftest_images.contiguous(), "features": features_ND.contiguous()}, folder / SELFTEST)
+    digests = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
+    write_json(folder / RECORD, record.model_copy(update={"files": digests}).model_dump(mode="json"))
+    folder.rename(destination)
+    return Generation(destination)

@@ -1,0 +1,84 @@
+"""Checkpoints of a running training: everything by full name or by row range, so that any world size can read them.
+
+A checkpoint is a folder `step-NNNNNNNN` that torch.distributed.checkpoint wrote, with `checkpoint.json` in it. It is
+written under another name and renamed when complete; the one before stays until then.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from pipeline.files import write_json
+from pipeline.model.classifier import ShardedClassifier
+
+META = "checkpoint.json"
+
+
+def latest(folder: Path, config_digest: str) -> Path | None:
+    """The newest complete checkpoint of this config, if there is one."""
+    complete = sorted(path for path in folder.glob("step-????????") if (path / META).is_file())
+    fitting = [path for path in complete if json.loads((path / META).read_text())["config_digest"] == config_digest]
+    return fitting[-1] if fitting else None
+
+
+def save(folder: Path, step: int, config_digest: str, state: dict[str, Any]) -> None:
+    """Write a checkpoint and drop those before it. Collective; every rank returns after it is complete."""
+    final = folder / f"step-{step:08d}"
+    beside = folder / f"{final.name}.tmp"
+    if dist.get_rank() == 0:
+        for stale in (final, beside):
+            shutil.rmtree(stale, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    save_sharded(state, checkpoint_id=beside)
+    if dist.get_rank() == 0:
+        write_json(beside / META, {"step": step, "config_digest": config_digest, "world_size": dist.get_world_size()})
+        beside.rename(final)
+        for other in folder.glob("step-*"):
+            if other != final:
+                shutil.rmtree(other, ignore_errors=True)
+    dist.barrier()
+
+
+def load(path: Path, state: dict[str, Any]) -> int:
+    """Fill `state`'s tensors in place from a checkpoint and return its step. Collective."""
+    load_sharded(state, checkpoint_id=path)
+    step: int = json.loads((path / META).read_text())["step"]
+    return step
+
+
+def rows_state(classifier: ShardedClassifier, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The classifier's rows and their optimiser state, each as this rank's range of one (rows, dim) tensor."""
+    mesh = init_device_mesh(classifier.weight_CD.device.type, (classifier.world_size,))
+    parts = {"weight": classifier.weight_CD.data, **_row_slots(classifier, optimiser)}
+    shape = torch.Size((classifier.rows, classifier.weight_CD.shape[1]))
+    return {
+        name: DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+        for name, part in parts.items()
+    }
+
+
+def _row_slots(classifier: ShardedClassifier, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = optimiser.state[classifier.weight_CD]
+    keys = ("exp_avg", "exp_avg_sq") if isinstance(optimiser, torch.optim.AdamW) else ("momentum_buffer",)
+    for key in keys:
+        if state.get(key) is None:
+            state[key] = torch.zeros_like(classifier.weight_CD)
+    return {key: state[key] for key in keys}
+
+
+def set_row_steps(classifier: ShardedClassifier, optimiser: torch.optim.Optimizer, step: int) -> None:
+    """AdamW counts its steps beside its moments; they are those of the run."""
+    if isinstance(optimiser, torch.optim.AdamW):
+        optimiser.state[classifier.weight_CD]["step"] = torch.tensor(float(step))

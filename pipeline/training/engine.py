@@ -1,0 +1,180 @@
+"""The DeepSpeed engine that holds the backbone, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.schema import Config
+from pipeline.training.optimiser import OptimiserConfig, backbone_groups, build_optimiser, set_learning_rate
+
+
+class EngineConfig(Config):
+    """How DeepSpeed spreads the backbone over the ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="ZeRO: 1 shards optimiser state, 2 gradients, 3 weights")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="bf16 autocasts matrix products, batch norms stay fp32; only faster on processors that have it",
+    )
+
+
+class _Scale(torch.autograd.Function):
+    """Identity forward; gradient times a factor backward."""
+
+    @staticmethod
+    def forward(ctx: Any, features_bD: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return features_bD.view_as(features_bD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+class BackboneEngine:
+    """A backbone under DeepSpeed.
+
+    The classifier gives each rank the gradient of the *global* mean loss with respect to its own features; DeepSpeed
+    averages the backbone's gradients over the ranks, which would divide by their number once too often. The features
+    leave the engine through a factor of world_size on their gradient: this is the one place that knows.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, optimiser: OptimiserConfig, config: EngineConfig, samples_per_rank: int
+    ) -> None:
+        self.config, self.world_size = config, dist.get_world_size()
+        for parameter in backbone.parameters():  # the engine cannot broadcast channels_last weights
+            parameter.data = parameter.data.contiguous()
+        base = build_optimiser(optimiser, backbone_groups(backbone, optimiser))
+        self._engine: Any = _initialise(backbone, base, config, samples_per_rank)
+        self._base = base
+        self._make_optimiser_state()
+
+    def features(self, images_bCHW: Tensor) -> Tensor:
+        """(b, D) float32 features of this rank's images."""
+        features_bD = self._engine(images_bCHW).float()
+        return cast(Tensor, _Scale.apply(features_bD, float(self.world_size)))  # type: ignore[no-untyped-call]
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """Backward through the loss, classifier rows included, and update the backbone."""
+        set_learning_rate(self._base, rate)
+        set_learning_rate(self._engine.optimizer, rate)
+        self._engine.backward(loss)
+        self._engine.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights, buffers and optimiser state in full, by name: the same at any world size and ZeRO stage.
+
+        Collective. Batch norms' running statistics are averaged over the ranks, in place, so that a run that goes on
+        and one that resumes have the same.
+        """
+        state = {f"buffer.{name}": buffer for name, buffer in self._averaged_buffers()}
+        for name, parameter in self._engine.module.named_parameters():
+            state[f"weight.{name}"] = self._full(parameter, None)
+            for key in self._optimiser_keys() if parameter.requires_grad else ():
+                state[f"optimiser.{key}.{name}"] = self._full(parameter, key)
+        return state
+
+    def load_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Restore what `state` gave. Collective."""
+        for name, buffer in self._engine.module.named_buffers():
+            buffer.copy_(state[f"buffer.{name}"])
+        for name, parameter in self._engine.module.named_parameters():
+            self._set_full(parameter, None, state[f"weight.{name}"])
+            for key in self._optimiser_keys() if parameter.requires_grad else ():
+                self._set_full(parameter, key, state[f"optimiser.{key}.{name}"])
+        self._set_steps(step)
+
+    def backbone_state(self) -> dict[str, Tensor]:
+        """The backbone's state dict in full, for the artefact. Collective."""
+        kinds = ("weight.", "buffer.")
+        return {name.split(".", 1)[1]: value for name, value in self.state().items() if name.startswith(kinds)}
+
+    def _averaged_buffers(self) -> list[tuple[str, Tensor]]:
+        buffers = list(self._engine.module.named_buffers())
+        for _, buffer in buffers:
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(self.world_size)
+        return buffers
+
+    def _optimiser_keys(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq") if isinstance(self._base, torch.optim.AdamW) else ("momentum_buffer",)
+
+    def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if not parameter.requires_grad and self.config.zero_stage < 3:
+            return parameter.detach()
+        if self.config.zero_stage == 0:
+            return parameter.detach() if key is None else self._base.state[parameter][key]
+        value = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+        assert value is not None, "ZeRO holds no such state"
+        return cast(Tensor, value).detach().view(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _set_full(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.config.zero_stage == 0 or (not parameter.requires_grad and self.config.zero_stage < 3):
+            target = parameter.data if key is None else self._base.state[parameter][key]
+            target.copy_(value)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value)
+            if self.config.zero_stage < 3:
+                parameter.data.copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _make_optimiser_state(self) -> None:
+        """Make every slot now, at zero, where torch would at the first step and ZeRO would link only the first group's.
+
+        ZeRO 3 has already taken a step of its own, at rate 0: its count is taken back.
+        """
+        for parameter in (p for group in self._base.param_groups for p in group["params"]):
+            state = self._base.state[parameter]
+            for key in self._optimiser_keys():
+                state.setdefault(key, torch.zeros_like(parameter))
+            if isinstance(self._base, torch.optim.AdamW):
+                state.setdefault("step", torch.tensor(0.0))
+        self._set_steps(0)
+        if self.config.zero_stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_steps(self, step: int) -> None:
+        for state in self._base.state.values():
+            if "step" in state:
+                state["step"] = torch.tensor(float(step))
+
+
+def _initialise(backbone: nn.Module, optimiser: torch.optim.Optimizer, config: EngineConfig, samples: int) -> Any:
+    device = next(backbone.parameters()).device
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The shared-memory all-reduce is compiled at first use: a minute, and a C++ compiler. Gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=backbone,
+        optimizer=optimiser,
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": samples,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # its default is 1.0, silently
+            "zero_optimization": {"stage": config.zero_stage},
+            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**12,
+        },
+    )
+    return engine

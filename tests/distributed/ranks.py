@@ -1,0 +1,67 @@
+"""Run a function on real processes joined by gloo, one a rank, and bring back what each returns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 120
+CONTEXT = multiprocessing.get_context("forkserver")
+os.environ["DS_ACCELERATOR"] = "cpu"
+CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch.distributed.checkpoint", "torch.distributed.tensor"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(rank, world_size, *arguments)` on `world_size` processes; results by rank.
+
+    `function` must be importable (a module's top level). A rank's failure is raised here with its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results: Any = CONTEXT.SimpleQueue()
+        processes = [
+            CONTEXT.Process(target=_rank, args=(rank, world_size, folder, results, function, arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            return _collect(processes, results, world_size)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(processes: list[Any], results: Any, world_size: int) -> list[Any]:
+    by_rank: dict[int, Any] = {}
+    while len(by_rank) < world_size:
+        if not results._reader.poll(TIMEOUT_S):
+            raise TimeoutError(f"ranks {sorted(set(range(world_size)) - by_rank.keys())} gave no result")
+        rank, value, failure = results.get()
+        if failure:
+            raise AssertionError(f"rank {rank} failed:\n{failure}")
+        by_rank[rank] = value
+    for process in processes:
+        process.join(TIMEOUT_S)
+    return [by_rank[rank] for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, folder: str, results: Any, function: Callable[..., Any], arguments: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        results.put((rank, function(rank, world_size, *arguments), None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:  # noqa: BLE001  everything is carried to the parent and raised there
+        results.put((rank, None, traceback.format_exc()))
