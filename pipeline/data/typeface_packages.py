@@ -165,7 +165,7 @@ def _sha512(path: Path) -> str:
 
 
 def read_slices(family: str, tarball: Path) -> list[bytes]:
-    """Return the family's woff2 slices of the chosen weight, in the order of their numbers.
+    """Return the family's woff2 slices of the chosen weight, in the order of their numbers (unnumbered first).
 
     A family of thousands of characters is published in about a hundred numbered slices, each a font of its own.
 
@@ -173,7 +173,8 @@ def read_slices(family: str, tarball: Path) -> list[bytes]:
         DataError: the tarball holds no slice of that weight, or cannot be read.
     """
     weight = PACKAGES[family].weight
-    pattern = re.compile(rf"package/files/{re.escape(family)}-(\d+)-{weight}-normal\.woff2")
+    # The one family that is not sliced (lxgw-wenkai) has its whole font under the subset name "latin".
+    pattern = re.compile(rf"package/files/{re.escape(family)}-(\d+|latin)-{weight}-normal\.woff2")
     slices: dict[int, bytes] = {}
     try:
         with tarfile.open(tarball, "r:gz") as archive:
@@ -181,7 +182,7 @@ def read_slices(family: str, tarball: Path) -> list[bytes]:
                 match = pattern.fullmatch(member.name)
                 file = archive.extractfile(member) if match else None
                 if match and file:
-                    slices[int(match[1])] = file.read()
+                    slices[-1 if match[1] == "latin" else int(match[1])] = file.read()
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"typeface {family}: {tarball} cannot be read ({error}); delete it and run again") from None
     if not slices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -109,12 +110,12 @@ class BackboneEngine:
         return ("exp_avg", "exp_avg_sq") if isinstance(self._base, torch.optim.AdamW) else ("momentum_buffer",)
 
     def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """A weight (key None) or a slot of its optimiser, whole on every rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if not parameter.requires_grad and self.config.zero_stage < 3:
-            return parameter.detach()
-        if self.config.zero_stage == 0:
-            return parameter.detach() if key is None else self._base.state[parameter][key]
+        if self._outside_zero(parameter):
+            with self._gathered(parameter):
+                return (parameter if key is None else self._base.state[parameter][key]).detach().clone()
         value = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         assert value is not None, "ZeRO holds no such state"
         return cast(Tensor, value).detach().view(getattr(parameter, "ds_shape", parameter.shape))
@@ -122,28 +123,39 @@ class BackboneEngine:
     def _set_full(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if self.config.zero_stage == 0 or (not parameter.requires_grad and self.config.zero_stage < 3):
-            target = parameter.data if key is None else self._base.state[parameter][key]
-            target.copy_(value)
-        elif key is None:
-            safe_set_full_fp32_param(parameter, value)
-            if self.config.zero_stage < 3:
+        if key is None:
+            with self._gathered(parameter, modifier_rank=0):  # the copy that computes
                 parameter.data.copy_(value)
+            if not self._outside_zero(parameter):
+                safe_set_full_fp32_param(parameter, value)  # the copy that the optimiser moves
+        elif self._outside_zero(parameter):
+            self._base.state[parameter][key].copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
-    def _make_optimiser_state(self) -> None:
-        """Make every slot now, at zero, where torch would at the first step and ZeRO would link only the first group's.
+    def _outside_zero(self, parameter: nn.Parameter) -> bool:
+        """Whether ZeRO keeps no fp32 copy of it: there is no ZeRO, or the weight is frozen."""
+        return self.config.zero_stage == 0 or not parameter.requires_grad
 
-        ZeRO 3 has already taken a step of its own, at rate 0: its count is taken back.
-        """
-        for parameter in (p for group in self._base.param_groups for p in group["params"]):
+    def _gathered(self, parameter: nn.Parameter, modifier_rank: int | None = None) -> AbstractContextManager[None]:
+        """Stage 3 cuts frozen weights too; others are whole already."""
+        import deepspeed
+
+        if self.config.zero_stage < 3:
+            return nullcontext()
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter], modifier_rank)
+        return gathered
+
+    def _make_optimiser_state(self) -> None:
+        """Make every slot now, at zero, where torch would at the first step and ZeRO would link only the first group's."""
+        own = [parameter for group in self._base.param_groups for parameter in group["params"]]
+        flat = self._engine.optimizer.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else own
+        for parameter in flat:
             state = self._base.state[parameter]
             for key in self._optimiser_keys():
                 state.setdefault(key, torch.zeros_like(parameter))
             if isinstance(self._base, torch.optim.AdamW):
                 state.setdefault("step", torch.tensor(0.0))
-        self._set_steps(0)
         if self.config.zero_stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -274,6 +274,13 @@ def test_small_tail_is_exact_up_to_its_far_and_refuses_beyond() -> None:
         tar_at_far(kept, 0.2)
 
 
+def test_the_tail_must_hold_the_first_rejected_impostor() -> None:
+    impostor = [0.01 * i for i in range(100)]
+    assert tar_at_far(scores_of([0.935, 0.945], impostor, tail=6), 0.05) == 0.5
+    with pytest.raises(DataError, match=r"needs their 6 highest scores, but 5 were kept: .*tail=6 or more"):
+        tar_at_far(scores_of([0.935, 0.945], impostor, tail=5), 0.05)
+
+
 @pytest.mark.parametrize(("far", "needed"), [(1e-3, 1000), (3e-4, 3334), (0.003, 334)])
 def test_too_few_impostors_says_how_many_are_needed(far: float, needed: int) -> None:
     enough = scores_of([0.5], [0.1] * needed)

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.order import Ints, OrderConfig, SampleOrder, batch_positions
@@ -13,6 +13,9 @@ from pipeline.errors import ConfigError, DataError
 sizes_of_shards = st.lists(st.integers(0, 23), min_size=1, max_size=12).filter(any)
 seeds = st.integers(0, 2**31)
 blocks = st.integers(1, 5)
+untimed = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)  # a busy machine is no fault
 
 
 def make(sizes: list[int], digest: str = "data", seed: int = 0, block_shards: int = 3) -> SampleOrder:
@@ -32,6 +35,7 @@ def everything(sizes: list[int]) -> list[tuple[int, int]]:
     return [(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
 
 
+@untimed
 @given(sizes_of_shards, seeds, blocks, st.integers(0, 10**6))
 def test_an_epoch_holds_every_sample_exactly_once(sizes: list[int], seed: int, block: int, epoch: int) -> None:
     order = make(sizes, seed=seed, block_shards=block)
@@ -39,6 +43,7 @@ def test_an_epoch_holds_every_sample_exactly_once(sizes: list[int], seed: int, b
     assert sorted(epoch_of(order, epoch)) == everything(sizes)
 
 
+@untimed
 @given(sizes_of_shards, seeds, blocks)
 def test_a_block_of_shards_is_finished_before_the_next_begins(sizes: list[int], seed: int, block: int) -> None:
     shards = [shard for shard, _ in epoch_of(make(sizes, seed=seed, block_shards=block), 0)]
@@ -49,6 +54,7 @@ def test_a_block_of_shards_is_finished_before_the_next_begins(sizes: list[int], 
     assert max(open_at_once) <= block
 
 
+@untimed
 @given(sizes_of_shards, seeds, st.sampled_from([1, 2, 3, 4, 8]), st.integers(8, 200), st.integers(0, 40))
 def test_ranks_together_take_the_global_batch_in_order(
     sizes: list[int], seed: int, world_size: int, global_batch: int, step: int
@@ -62,6 +68,7 @@ def test_ranks_together_take_the_global_batch_in_order(
     assert by_rank == pairs(make(sizes, seed=seed), whole)
 
 
+@untimed
 @given(sizes_of_shards, seeds, st.integers(1, 100), st.integers(0, 30))
 def test_a_resumed_run_sees_the_same_batches(sizes: list[int], seed: int, batch: int, start: int) -> None:
     unbroken = make(sizes, seed=seed)
@@ -70,6 +77,7 @@ def test_a_resumed_run_sees_the_same_batches(sizes: list[int], seed: int, batch:
     assert [pairs(resumed, batch_positions(step, batch)) for step in range(start, start + 3)] == seen[start:]
 
 
+@untimed
 @given(sizes_of_shards, st.integers(1, 10))
 def test_a_batch_larger_than_an_epoch_holds_whole_epochs(sizes: list[int], epochs: int) -> None:
     order = make(sizes)
@@ -77,8 +85,8 @@ def test_a_batch_larger_than_an_epoch_holds_whole_epochs(sizes: list[int], epoch
     assert sorted(drawn) == sorted(everything(sizes) * epochs)
 
 
+@untimed
 @given(sizes_of_shards, seeds, st.permutations(range(50)))
-@settings(max_examples=30)
 def test_positions_may_come_in_any_order(sizes: list[int], seed: int, shuffled: list[int]) -> None:
     straight = pairs(make(sizes, seed=seed), np.arange(50))
     assert pairs(make(sizes, seed=seed), np.array(shuffled)) == [straight[position] for position in shuffled]
