@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.compatibility import EvaluationConfig
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.margins import MarginConfig
-from pipeline.registry import TrackingConfig
+from pipeline.registry_store import TrackingConfig
 from pipeline.schema import Config
 from pipeline.training.trainer import TrainingConfig
 
@@ -110,13 +110,15 @@ class RunConfig(Config):
             backbone, preprocess = generation.backbone, self.preprocess
             if (backbone.image_size, backbone.channels) != (preprocess.size, preprocess.channels):
                 raise ValueError(
-                    f"generations.{name}.backbone takes {backbone.image_size} px images of {backbone.channels} channels, "
-                    f"but preprocess gives {preprocess.size} px of {preprocess.channels}"
+                    f"generations.{name}.backbone takes {backbone.image_size} px images of {backbone.channels} "
+                    f"channels, but preprocess gives {preprocess.size} px of {preprocess.channels}"
                 )
             if name in generation.parents:
                 raise ValueError(f"generations.{name}.parents names itself")
             if generation.paragon_of is not None and generation.paragon_of not in self.generations:
-                raise ValueError(f"generations.{name}.paragon_of names {generation.paragon_of!r}, which is not in this run")
+                raise ValueError(
+                    f"generations.{name}.paragon_of names {generation.paragon_of!r}, which is not in this run"
+                )
             if self.cluster.workers > generation.training.global_batch:
                 raise ValueError(
                     f"generations.{name}.training.global_batch is {generation.training.global_batch}, "
@@ -129,13 +131,22 @@ class RunConfig(Config):
         """Of everything that this run writes."""
         return self.home / "runs" / self.name
 
+    def to_yaml(self) -> str:
+        """The resolved config, as it could be written to a file."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
     def shaping(self, name: str) -> dict[str, Any]:
         """All that shapes generation `name`, as plain JSON: two runs that agree in it train the same model."""
         generation = self.generations[name].model_dump(mode="json", exclude={"paragon_of"})
         generation["training"].pop("checkpoint_every")
         generation["training"].pop("log_every")
         order = self.data.order.model_dump(mode="json")
-        return {**generation, "subset_seed": self.seed, "preprocess": self.preprocess.model_dump(mode="json"), "order": order}
+        return {
+            **generation,
+            "subset_seed": self.seed,
+            "preprocess": self.preprocess.model_dump(mode="json"),
+            "order": order,
+        }
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -174,7 +185,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_lines(error, tree))}") from None
+        raise ConfigError(f"{path}: {'; '.join(_lines(error))}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -198,12 +209,14 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _lines(error: pydantic.ValidationError, tree: dict[str, Any]) -> Iterator[str]:
+def _lines(error: pydantic.ValidationError) -> Iterator[str]:
     """One short sentence for each thing that is wrong."""
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1, cutoff=0.4)
+            nearest = difflib.get_close_matches(
+                str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1, cutoff=0.4
+            )
             yield f"unknown key {path}" + (f", did you mean {nearest[0]}?" if nearest else "")
         elif problem["type"] == "missing":
             yield f"{path} is missing"

@@ -140,9 +140,31 @@ class Registry:
                 f"digest ({found.digest[:12]}, this one {generation.digest[:12]}): train under a new name"
             )
         if candidate:
-            with self._errors(f"moving the alias {CANDIDATE!r}"):
-                self._client.set_registered_model_alias(self.family, CANDIDATE, found.version)
+            self.promote_candidate(record.name)
         return found
+
+    def promote_candidate(self, name: str) -> None:
+        """Move the alias `candidate` to a registered generation.
+
+        Raises:
+            RegistryError: it is not registered, or the store refuses.
+        """
+        version = self.get(name).version
+        with self._errors(f"moving the alias {CANDIDATE!r}"):
+            self._client.set_registered_model_alias(self.family, CANDIDATE, version)
+
+    def forget(self) -> None:
+        """Delete the family's registered versions and runs, so that its names are free again."""
+        with self._errors(f"forgetting {self.family!r}"):
+            self._client.delete_registered_model(self.family)
+            for run in self._client.search_runs([self._experiment_id]):
+                self._client.delete_run(run.info.run_id)
+            self._client.create_registered_model(self.family)
+
+    def description(self) -> dict[str, object]:
+        """Where the family is to be found: the store, the registered model, and its versions by generation."""
+        versions = {name: int(one.version) for name, one in self.versions().items()}
+        return {"tracking_uri": redacted(self.uri), "model": self.family, "versions": versions}
 
     def versions(self) -> dict[str, RegisteredGeneration]:
         """All registered generations by name, oldest first."""

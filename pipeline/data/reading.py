@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints
 from pipeline.data.preprocess import Draws
-from pipeline.data.shards import ShardIndex
+from pipeline.data.shards import ShardIndex, index_path
 from pipeline.errors import DataError
 from pipeline.identities import NO_ROW
 
@@ -139,12 +139,11 @@ class ShardReader:
             os.close(self._open.popitem()[1].file)
 
     def _path(self, shard: int) -> Path:
-        name: str = self._manifest.shards[shard].name
-        return self._folder / name
+        return self._folder / self._manifest.shards[shard].name
 
     def _load_index(self, shard: int) -> ShardIndex:
         path = self._path(shard)
-        index = ShardIndex.load(path, path.with_suffix(".idx"))
+        index = ShardIndex.load(path, index_path(path), len(self._rows))
         if len(index.rows) != self._manifest.shards[shard].samples:
             raise DataError(
                 f"index of shard {path} lists {len(index.rows)} samples, the manifest "

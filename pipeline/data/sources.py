@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,11 +144,3 @@ def folder_key(relative: str) -> str:
     """Return a sample key for a file: its readable path, and enough of the path's sha256 to make it unique."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", relative.rpartition(".")[0]).strip("-")[-48:]
     return f"{readable}-{hashlib.sha256(relative.encode(errors='surrogateescape')).hexdigest()[:20]}".lstrip("-")
-
-
-def group_duplicates(keys: list[str]) -> dict[str, int]:
-    """Return the keys that stand more than once, with their count."""
-    counts: defaultdict[str, int] = defaultdict(int)
-    for key in keys:
-        counts[key] += 1
-    return {key: count for key, count in counts.items() if count > 1}

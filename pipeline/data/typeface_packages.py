@@ -42,33 +42,87 @@ class Package:
 
 
 PACKAGES: dict[str, Package] = {
-    "yusei-magic": Package("5.3.0", "1gSpUCpFQUmCUfh7YkKTjBC89wXnijwKZO3cfIMBx/Rlb7WjfHfIjK8PilB2/tOeq68ezAd8ODWNrg/zere2JA=="),
-    "dela-gothic-one": Package("5.3.0", "4A26Qs7TqYFWegJfYHx7KKWy01YybW/e7uhFDM8A8e1neVPm721laLnh0en60wtKihfNdCbJt0VVcEMHC4pHjw=="),
-    "dotgothic16": Package("5.3.0", "HYOA4yd61tGyjFvDXG0dzvCdXjmPIVuqDFCaMk2ok0G/eWbub6nJ9NlrHaGOUKUWiypGIoz6vZuzm11uFNdm8w=="),
-    "kosugi-maru": Package("5.3.0", "fcYX3ecDrFiirzYdijGUaZbEkzqc6UTShMe/2ecd6JME7Q2txGHm6aFN8Lfd40RWS2H0RN68wFsS0YkJPFfmsg=="),
-    "liu-jian-mao-cao": Package("5.3.0", "OaFm4okm77XoGA9jp1J89tDjdWlzb68yJCUL7LV75QxUWF/qOBRVqmhP7XFFsgcn/PL+nc2dPvRGT/8yit5LZg=="),
-    "long-cang": Package("5.3.0", "lCcBJb+LWZpYCVtGvQRiZPy5/EaGPuYLycpJXUIOz28EYGGqhTVWBRqY6ucaW8l1F8gvfjutY1PoAPUrFiP0wg=="),
-    "ma-shan-zheng": Package("5.3.1", "cGGn7Yje2RSduXVxEk+rCfNZyD/T/7FMGj03LNPiK8TRL9Sing0tq1zJF3n+W29szPqgb2RNs5oIvmm+ikeI+Q=="),
-    "mochiy-pop-one": Package("5.3.0", "WBI8UEfHsARWhPod0OJ+kswlR68KRhmV8uciQhb4m0bxmt4qpeq9yOh0MM9S9QzwQxjbQNRIjHEXh2yk5xldTw=="),
-    "sawarabi-gothic": Package("5.3.1", "clHbdgKRUTkrgz43Wzs1i8EThv2zTgy3uPC+vZ/50Q1iILa64QZgj0P2TMabi63j7KykwJdESzB8LBHmnXskqw=="),
-    "yomogi": Package("5.3.0", "D35BWMd0BVhtYfpE7r1UfTNZHxaFVvLw4Rz2ym+yvEE7vlIfwtZEQFp4VFCvlcH+BwoAJD1mFH/r/XV7qDxeyg=="),
-    "zcool-xiaowei": Package("5.3.0", "iRuUPl9ONFbYzi6JcEshpE4VedINyzQ4hv0Z5XEt0cB0pMPiQeqc2Qvv1NwJCNzkPwG02VCdcO+cF2K8ylYn2A=="),
-    "zcool-kuaile": Package("5.3.0", "jn4vpQ6QSVEckUn7uk5a9XcZMxEksTRqljmeE1VKRGMjGd6VoXdMyLGSdnTXSVwZLCCEHaIcm/2cdQuwvasJ9w=="),
-    "zcool-qingke-huangyou": Package("5.3.0", "6/ld8x/knq1NjDQxLSyg9pDnBPOmtWDb30ZTFk+n8OxfkBoUvPAxh3aV/6+UFGmA5CekJfcgpUwd2/x/weLvSQ=="),
-    "zen-kurenaido": Package("5.3.0", "Oh7XLWpdTV7/f6xgdw3pmDPpu8OHEdXu9QEL2TEjoBeg85z1qWMb4lvQYDtNQx6gaERvKQ0OrgvpS3S/ka/+bA=="),
-    "zhi-mang-xing": Package("5.3.0", "V21yCCm5o2PHdXF2P9KKh7uiqL8QFFuII4DRQkpG24tfyDzJPchXKsxkcvKM43xEPvQKdbhHCBbXEFjcm/TUCQ=="),
-    "biz-udgothic": Package("5.3.0", "1jccDNmjsrgfxXa4MiBQzvhg+z8McslunaiSUl3OWB9QrUYzbp88tD78soiwqp2U5ZFXG/BvBT1Rhgd6tOgGwQ=="),
-    "kiwi-maru": Package("5.3.0", "8zcSONeRZPzSWdkP+uoNoEVciJn985ZDB57zwRer9dGZ/1+/pnQYkyCz5OEbnoXvbFyVnA0Dx0r+lv6tu+wTGA=="),
-    "shippori-mincho": Package("5.3.0", "S41kRxQuubAaYss+LeXu0IOc02RQwsPaJbR1cWZx4VV15hXaYZViH3WAve9HpDVFqKYd/BVk86Bg7lp9ytV3KQ=="),
-    "zen-maru-gothic": Package("5.3.0", "BuigfmzszMR3AOyAMSocQZ9bEq9o5sGCMOC/laI4TMpba1/KB1jxsdNFXWMUz02wVPd4vAVuMhsV00AQizFj3w=="),
-    "zen-old-mincho": Package("5.3.0", "pNvegTkx6rOQRaBMcUoxxeNoIRJajdY0TeX4ngf/26KrtsVoqY11ho6WlwPWDYHi7PY65vf88TV2xjIO+YxQ8Q=="),
-    "zen-kaku-gothic-new": Package("5.3.0", "2t88gAaUkqIAFARfO8GkT1x57QBRx8A0pWeB0CIrIahnzdanWjcV4thPCSv9BJmpeRndq6qbFx1KYglHykiPhw=="),
-    "m-plus-rounded-1c": Package("5.3.0", "eB/JxJBRXLdfTsBDElsAZDMtHXM58Hf1tKkHoDVZAaUN7a+qYfwNKh4Q2f7Fk9YNg4xPFjTwooVlQyqbhi8CWQ=="),
-    "noto-sans-jp": Package("5.3.0", "OZbBzZ8LrFRs2RFT2Cc0HUV2C2ZeSfyEXhDJWR0EZuZaraJfRubpvrFmUnCljuBDEkw8Vn6CE/+nf9dj9b+0lg=="),
-    "noto-serif-jp": Package("5.3.0", "7dRFleN7F+uuJdcMW/fJmnl6KLZSn9dHCjAVTaWjTcT4hg5V4ECbi2qgIamI6rS/+yTt16KDLU+9aJi74r6ZxQ=="),
-    "ibm-plex-sans-jp": Package("5.3.0", "Eas8EEVkh0UbITQMskrCF5Ha1L24GagNsvjMfrKwhv3KNPFRjbZAt0fLO4lSgfx4U4rHWpX5JeMDJNXF+hcguQ=="),
-    "lxgw-wenkai": Package("5.3.0", "+U5AAOXeaB7o+3G0Qm7I7Djz2Jd1hqNY+kClOZH8bTunyyGa2WxY12LZftt2AqUsxlfxwdQpd75Js1HQIt4H4g==", weight=500),
-    "kaisei-opti": Package("5.2.8", "r9uXNQo/2RPvrXZRIH4CopdUHJPlrhTsE/MG7p87st7gOMsokR8OX7yky3nhD2HQTzjQzLfK4Xj1mOpWrNvMEw=="),
+    "yusei-magic": Package(
+        "5.3.0", "1gSpUCpFQUmCUfh7YkKTjBC89wXnijwKZO3cfIMBx/Rlb7WjfHfIjK8PilB2/tOeq68ezAd8ODWNrg/zere2JA=="
+    ),
+    "dela-gothic-one": Package(
+        "5.3.0", "4A26Qs7TqYFWegJfYHx7KKWy01YybW/e7uhFDM8A8e1neVPm721laLnh0en60wtKihfNdCbJt0VVcEMHC4pHjw=="
+    ),
+    "dotgothic16": Package(
+        "5.3.0", "HYOA4yd61tGyjFvDXG0dzvCdXjmPIVuqDFCaMk2ok0G/eWbub6nJ9NlrHaGOUKUWiypGIoz6vZuzm11uFNdm8w=="
+    ),
+    "kosugi-maru": Package(
+        "5.3.0", "fcYX3ecDrFiirzYdijGUaZbEkzqc6UTShMe/2ecd6JME7Q2txGHm6aFN8Lfd40RWS2H0RN68wFsS0YkJPFfmsg=="
+    ),
+    "liu-jian-mao-cao": Package(
+        "5.3.0", "OaFm4okm77XoGA9jp1J89tDjdWlzb68yJCUL7LV75QxUWF/qOBRVqmhP7XFFsgcn/PL+nc2dPvRGT/8yit5LZg=="
+    ),
+    "long-cang": Package(
+        "5.3.0", "lCcBJb+LWZpYCVtGvQRiZPy5/EaGPuYLycpJXUIOz28EYGGqhTVWBRqY6ucaW8l1F8gvfjutY1PoAPUrFiP0wg=="
+    ),
+    "ma-shan-zheng": Package(
+        "5.3.1", "cGGn7Yje2RSduXVxEk+rCfNZyD/T/7FMGj03LNPiK8TRL9Sing0tq1zJF3n+W29szPqgb2RNs5oIvmm+ikeI+Q=="
+    ),
+    "mochiy-pop-one": Package(
+        "5.3.0", "WBI8UEfHsARWhPod0OJ+kswlR68KRhmV8uciQhb4m0bxmt4qpeq9yOh0MM9S9QzwQxjbQNRIjHEXh2yk5xldTw=="
+    ),
+    "sawarabi-gothic": Package(
+        "5.3.1", "clHbdgKRUTkrgz43Wzs1i8EThv2zTgy3uPC+vZ/50Q1iILa64QZgj0P2TMabi63j7KykwJdESzB8LBHmnXskqw=="
+    ),
+    "yomogi": Package(
+        "5.3.0", "D35BWMd0BVhtYfpE7r1UfTNZHxaFVvLw4Rz2ym+yvEE7vlIfwtZEQFp4VFCvlcH+BwoAJD1mFH/r/XV7qDxeyg=="
+    ),
+    "zcool-xiaowei": Package(
+        "5.3.0", "iRuUPl9ONFbYzi6JcEshpE4VedINyzQ4hv0Z5XEt0cB0pMPiQeqc2Qvv1NwJCNzkPwG02VCdcO+cF2K8ylYn2A=="
+    ),
+    "zcool-kuaile": Package(
+        "5.3.0", "jn4vpQ6QSVEckUn7uk5a9XcZMxEksTRqljmeE1VKRGMjGd6VoXdMyLGSdnTXSVwZLCCEHaIcm/2cdQuwvasJ9w=="
+    ),
+    "zcool-qingke-huangyou": Package(
+        "5.3.0", "6/ld8x/knq1NjDQxLSyg9pDnBPOmtWDb30ZTFk+n8OxfkBoUvPAxh3aV/6+UFGmA5CekJfcgpUwd2/x/weLvSQ=="
+    ),
+    "zen-kurenaido": Package(
+        "5.3.0", "Oh7XLWpdTV7/f6xgdw3pmDPpu8OHEdXu9QEL2TEjoBeg85z1qWMb4lvQYDtNQx6gaERvKQ0OrgvpS3S/ka/+bA=="
+    ),
+    "zhi-mang-xing": Package(
+        "5.3.0", "V21yCCm5o2PHdXF2P9KKh7uiqL8QFFuII4DRQkpG24tfyDzJPchXKsxkcvKM43xEPvQKdbhHCBbXEFjcm/TUCQ=="
+    ),
+    "biz-udgothic": Package(
+        "5.3.0", "1jccDNmjsrgfxXa4MiBQzvhg+z8McslunaiSUl3OWB9QrUYzbp88tD78soiwqp2U5ZFXG/BvBT1Rhgd6tOgGwQ=="
+    ),
+    "kiwi-maru": Package(
+        "5.3.0", "8zcSONeRZPzSWdkP+uoNoEVciJn985ZDB57zwRer9dGZ/1+/pnQYkyCz5OEbnoXvbFyVnA0Dx0r+lv6tu+wTGA=="
+    ),
+    "shippori-mincho": Package(
+        "5.3.0", "S41kRxQuubAaYss+LeXu0IOc02RQwsPaJbR1cWZx4VV15hXaYZViH3WAve9HpDVFqKYd/BVk86Bg7lp9ytV3KQ=="
+    ),
+    "zen-maru-gothic": Package(
+        "5.3.0", "BuigfmzszMR3AOyAMSocQZ9bEq9o5sGCMOC/laI4TMpba1/KB1jxsdNFXWMUz02wVPd4vAVuMhsV00AQizFj3w=="
+    ),
+    "zen-old-mincho": Package(
+        "5.3.0", "pNvegTkx6rOQRaBMcUoxxeNoIRJajdY0TeX4ngf/26KrtsVoqY11ho6WlwPWDYHi7PY65vf88TV2xjIO+YxQ8Q=="
+    ),
+    "zen-kaku-gothic-new": Package(
+        "5.3.0", "2t88gAaUkqIAFARfO8GkT1x57QBRx8A0pWeB0CIrIahnzdanWjcV4thPCSv9BJmpeRndq6qbFx1KYglHykiPhw=="
+    ),
+    "m-plus-rounded-1c": Package(
+        "5.3.0", "eB/JxJBRXLdfTsBDElsAZDMtHXM58Hf1tKkHoDVZAaUN7a+qYfwNKh4Q2f7Fk9YNg4xPFjTwooVlQyqbhi8CWQ=="
+    ),
+    "noto-sans-jp": Package(
+        "5.3.0", "OZbBzZ8LrFRs2RFT2Cc0HUV2C2ZeSfyEXhDJWR0EZuZaraJfRubpvrFmUnCljuBDEkw8Vn6CE/+nf9dj9b+0lg=="
+    ),
+    "noto-serif-jp": Package(
+        "5.3.0", "7dRFleN7F+uuJdcMW/fJmnl6KLZSn9dHCjAVTaWjTcT4hg5V4ECbi2qgIamI6rS/+yTt16KDLU+9aJi74r6ZxQ=="
+    ),
+    "ibm-plex-sans-jp": Package(
+        "5.3.0", "Eas8EEVkh0UbITQMskrCF5Ha1L24GagNsvjMfrKwhv3KNPFRjbZAt0fLO4lSgfx4U4rHWpX5JeMDJNXF+hcguQ=="
+    ),
+    "lxgw-wenkai": Package(
+        "5.3.0", "+U5AAOXeaB7o+3G0Qm7I7Djz2Jd1hqNY+kClOZH8bTunyyGa2WxY12LZftt2AqUsxlfxwdQpd75Js1HQIt4H4g==", weight=500
+    ),
+    "kaisei-opti": Package(
+        "5.2.8", "r9uXNQo/2RPvrXZRIH4CopdUHJPlrhTsE/MG7p87st7gOMsokR8OX7yky3nhD2HQTzjQzLfK4Xj1mOpWrNvMEw=="
+    ),
 }
 
 SMALL_FAMILIES: tuple[str, ...] = tuple(PACKAGES)[:16]
@@ -123,7 +177,9 @@ def _download(family: str, folder: Path, cache_dir: Path) -> None:
         if attempt:
             time.sleep(attempt)
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S)
+            done = subprocess.run(
+                command, check=False, cwd=folder, capture_output=True, text=True, timeout=NPM_TIMEOUT_S
+            )
         except subprocess.TimeoutExpired:
             reason = f"no answer in {NPM_TIMEOUT_S} s"
             continue

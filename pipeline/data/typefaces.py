@@ -157,13 +157,14 @@ class TypefaceSource:
         wanted = self.config.identities_of(self.split).row_of_key
         slices = read_slices(part, fetch(part, self.cache_dir))
         # All characters are drawn, whatever is wanted: what counts as a repeated bitmap must not depend on it.
-        for character, image in draw_typeface(slices, self.config.size).items():
+        for character, clean in draw_typeface(slices, self.config.size).items():
             identity = identity_key(character)
             if identity not in wanted:
                 continue
             key = f"u{ord(character):04x}-{part}"
-            attributes = {"typeface": part}
-            if self.split == "test":
-                image = degrade(image, self.config.seed, key)
-                attributes["role"] = "gallery" if part == self.config.enrol_family else "query"
-            yield Sample(key, encode_png(image), "png", identity, attributes)
+            if self.split == "train":
+                yield Sample(key, encode_png(clean), "png", identity, {"typeface": part})
+            else:
+                image = encode_png(degrade(clean, self.config.seed, key))
+                role = "gallery" if part == self.config.enrol_family else "query"
+                yield Sample(key, image, "png", identity, {"typeface": part, "role": role})

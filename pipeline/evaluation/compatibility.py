@@ -46,6 +46,8 @@ class EvaluationConfig(Config):
         description="Names of the metrics on which the compatibility criterion must hold; empty: every one reported.",
     )
 
+    group: str = Field("group", description="The samples' attribute within whose equal values pairs are not compared.")
+
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         names = self.metric_names

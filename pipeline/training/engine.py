@@ -147,7 +147,7 @@ class BackboneEngine:
         return gathered
 
     def _make_optimiser_state(self) -> None:
-        """Make every slot now, at zero, where torch would at the first step and ZeRO would link only the first group's."""
+        """Make every slot now, at zero: torch would at the first step, and ZeRO would link those of one group only."""
         own = [parameter for group in self._base.param_groups for parameter in group["params"]]
         flat = self._engine.optimizer.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else own
         for parameter in flat:

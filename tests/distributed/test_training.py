@@ -85,7 +85,7 @@ def all_stages(rank: int, world_size: int, optimiser: OptimiserConfig) -> dict[i
 def engine_steps(rank: int, world_size: int, stage: int, optimiser: OptimiserConfig) -> list[float]:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
-    engine = BackboneEngine(backbone, optimiser, EngineConfig(zero_stage=stage), 6)  # type: ignore[arg-type]
+    engine = BackboneEngine(backbone, optimiser, EngineConfig(zero_stage=stage), 6)
     classifier = ShardedClassifier("new", len(TABLE), 4, MARGIN, group=torch.distributed.group.WORLD)
     parts = batch_parts(7, world_size)
     mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
@@ -110,7 +110,7 @@ def dense_steps(optimiser: OptimiserConfig) -> list[float]:
         torch.manual_seed(step)
         images, labels = torch.randn(7, 5), torch.randint(len(TABLE), (7,))
         torch_optimiser.zero_grad()
-        dense_loss(backbone(images), weight, labels, MARGIN).backward()
+        dense_loss(backbone(images), weight, labels, MARGIN).backward()  # type: ignore[no-untyped-call]
         torch_optimiser.step()
     return torch.cat([parameter.detach().flatten() for parameter in backbone.parameters()]).tolist()
 
@@ -121,7 +121,7 @@ def test_backbone_moves_as_in_one_process_at_every_zero_stage(optimiser: Optimis
     for result in run_ranks(3, all_stages, optimiser):
         for stage, weights in result.items():
             torch.testing.assert_close(
-                torch.tensor(weights), expected, rtol=2e-4, atol=2e-6, msg=lambda text, stage=stage: f"ZeRO {stage}: {text}"
+                torch.tensor(weights), expected, rtol=2e-4, atol=2e-6, msg=f"ZeRO {stage} differs from one process"
             )
 
 
@@ -181,7 +181,7 @@ CONFIG = TrainingConfig(
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_interrupted_equals_uninterrupted(tmp_path: Path, stage: int) -> None:
-    config = CONFIG.model_copy(update={"engine": EngineConfig(zero_stage=stage)})  # type: ignore[arg-type]
+    config = CONFIG.model_copy(update={"engine": EngineConfig(zero_stage=stage)})
     run_ranks(1, make_parent, str(tmp_path / "a"))
     run_ranks(1, make_parent, str(tmp_path / "b"))
     whole = run_ranks(2, run_training, str(tmp_path / "a"), config, None, None)[0]
@@ -206,8 +206,9 @@ def test_checkpoint_of_two_ranks_resumes_on_three(tmp_path: Path) -> None:
     assert generation.reproduce_selftest() > 0.9999
 
 
-def rows_after_resume(rank: int, world_size: int, folder: str) -> Any:
-    arguments = (TABLE, [], BACKBONE, MARGIN, CompatConfig(), CONFIG, "digest", 3)
+def rows_after_resume(_rank: int, _world_size: int, folder: str) -> Any:
+    parents: list[Generation] = []
+    arguments = (TABLE, parents, BACKBONE, MARGIN, CompatConfig(), CONFIG, "digest", 3)
     trainer = Trainer("v2", *arguments, device=torch.device("cpu"))
     step = trainer.restore(Path(folder) / "checkpoints")
     state = trainer.row_optimiser.state[trainer.classifier.weight_CD]
@@ -216,11 +217,11 @@ def rows_after_resume(rank: int, world_size: int, folder: str) -> Any:
 
 def test_rows_and_moments_are_the_same_at_every_world_size(tmp_path: Path) -> None:
     run_ranks(2, run_training, str(tmp_path), CONFIG, 5, None)
-    per_world = []
+    per_world: list[tuple[Any, ...]] = []
     for world_size in (1, 2, 3, 4):
         results = run_ranks(world_size, rows_after_resume, str(tmp_path))
         assert {(result[0], result[3]) for result in results} == {(3, 3.0)}
-        per_world.append(tuple(sum((result[part] for result in results), []) for part in (1, 2)))
+        per_world.append(tuple([row for result in results for row in result[part]] for part in (1, 2)))
     assert all(result == per_world[0] for result in per_world)
     assert len(per_world[0][0]) == len(TABLE)
 

@@ -1,0 +1,1 @@
+"""Thin entry points: they parse arguments and call the library."""

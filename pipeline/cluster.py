@@ -1,0 +1,248 @@
+"""Ray: connecting to a cluster, and training a generation on its workers. The only place that imports Ray Train."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline.config import RunConfig
+from pipeline.console import say
+from pipeline.data.manifest import Manifest
+from pipeline.errors import ClusterError, PipelineError
+from pipeline.generation import Generation
+from pipeline.identities import IdentityTable
+from pipeline.plan import Plan
+
+# Set before a worker imports torch. Threads that wait must sleep: on a small machine spinning ones take five to ten
+# times the throughput of everybody.
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+POLL_S = 0.5
+
+Progress = Callable[[int, dict[str, float]], None]
+
+
+def connect() -> str:
+    """Join the cluster that RAY_ADDRESS or a `ray start` on this machine names, or start a local one.
+
+    Returns:
+        The dashboard's address, empty if it has none.
+    """
+    if not ray.is_initialized():
+        try:
+            ray.init(runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"Ray cannot be reached: {' '.join(str(error).split())[:300]}") from None
+    url = ray.worker.global_worker.node.address_info.get("webui_url") if ray.worker.global_worker.node else None
+    return f"http://{url}" if url else ""
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 posts how a training goes and the driver reads it; worker output is never parsed."""
+
+    def __init__(self) -> None:
+        self.latest: tuple[int, dict[str, float]] = (0, {})
+
+    def post(self, step: int, metrics: dict[str, float]) -> None:
+        """Replace what stands there."""
+        self.latest = (step, metrics)
+
+    def read(self) -> tuple[int, dict[str, float]]:
+        """The last post."""
+        return self.latest
+
+
+def train_generation(plan: Plan, on_progress: Progress) -> None:
+    """Train on the cluster's workers, from the last checkpoint if there is one, to the sealed artefact.
+
+    Lost workers are replaced `cluster.max_failures` times. A user's mistake found by a worker is raised as it is.
+
+    Raises:
+        ClusterError: the workers failed once too often.
+    """
+    _check_resources(plan.config)
+    board = Board.remote()  # type: ignore[attr-defined]
+    with _Reader(board, on_progress):
+        for attempt in range(plan.config.cluster.max_failures + 1):
+            try:
+                _trainer(plan, board).fit()
+                break
+            except ray.train.TrainingFailedError as error:
+                if mistake := users_mistake(error):
+                    raise mistake from None
+                cause = _short(error)
+                if attempt == plan.config.cluster.max_failures:
+                    raise ClusterError(
+                        f"training {plan.record.name!r} failed {attempt + 1} times; last: {cause}"
+                    ) from error
+                say(f"{plan.record.name}: workers failed ({cause}); going on from the last checkpoint")
+    ray.kill(board)
+
+
+def _trainer(plan: Plan, board: Any) -> TorchTrainer:
+    cluster = plan.config.cluster
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"plan": plan, "board": board},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
+        ),
+        # A name of its own each time: Ray resumes, silently, whatever has the same. We resume by our own checkpoints.
+        run_config=ray.train.RunConfig(
+            name=f"{plan.record.name}-{uuid.uuid4().hex[:8]}", storage_path=str(plan.checkpoints.parent / "ray")
+        ),
+    )
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """One rank, from its process group to the sealed artefact."""
+    from pipeline.data.loader import TrainingLoader
+    from pipeline.training.loop import train
+    from pipeline.training.trainer import Trainer
+
+    plan: Plan = arguments["plan"]
+    config = plan.config
+    generation = config.generations[plan.record.name]
+    threads = max(1, int(config.cluster.cpus_per_worker))
+    torch.set_num_threads(threads)
+    device = ray.train.torch.get_device()
+    identities, manifest = IdentityTable.load(plan.identities), Manifest.load(plan.data)
+    trainer = Trainer(
+        plan.record.name,
+        identities,
+        [Generation(path) for path in plan.parents],
+        generation.backbone,
+        generation.margin,
+        generation.compat,
+        generation.training,
+        plan.record.config_digest,
+        generation.seed,
+        device,
+    )
+
+    def open_loader(start_step: int) -> TrainingLoader:
+        return TrainingLoader(
+            plan.data,
+            manifest,
+            identities,
+            config.preprocess,
+            generation.augment,
+            seed=generation.seed,
+            global_batch=generation.training.global_batch,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            order=config.data.order,
+            threads=threads,
+            device=device,
+            start_step=start_step,
+        )
+
+    observer = _Observer(plan, arguments["board"]) if dist.get_rank() == 0 else _Silence()
+    with observer:
+        train(trainer, open_loader, observer, plan.checkpoints, plan.destination, plan.record, identities)
+
+
+class _Silence:
+    """The observer of all ranks but 0."""
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing: rank 0 tells."""
+
+    def __enter__(self) -> _Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
+class _Observer(_Silence):
+    """Rank 0's: posts to the driver's board and to the tracking server, and waits for neither."""
+
+    def __init__(self, plan: Plan, board: Any) -> None:
+        from pipeline.registry_tracker import MlflowTracker
+
+        self.board, self.tracker = board, MlflowTracker(plan.tracking_uri, plan.run_id)
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        self.board.post.remote(step, metrics)
+        self.tracker.log(step, metrics)
+
+    def __exit__(self, *_: object) -> None:
+        self.tracker.close()
+
+
+class _Reader:
+    """Reads the board in a thread while the driver waits for the workers."""
+
+    def __init__(self, board: Any, on_progress: Progress) -> None:
+        self.board, self.on_progress = board, on_progress
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        last = 0
+        while not self.ended.wait(POLL_S) or self._tell(last) != last:
+            last = self._tell(last)
+
+    def _tell(self, last: int) -> int:
+        try:
+            step, metrics = ray.get(self.board.read.remote(), timeout=10)
+        except (ray.exceptions.RayError, TimeoutError):
+            return last
+        if step != last:
+            self.on_progress(step, metrics)
+        return int(step)
+
+
+def users_mistake(error: BaseException | None) -> PipelineError | None:
+    """The PipelineError at the bottom of what Ray wraps a worker's exception in, if there is one."""
+    seen: list[BaseException] = []
+    pending: list[Any] = [error]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, PipelineError):
+            return one
+        if isinstance(one, BaseException) and one not in seen:
+            seen.append(one)
+            failures = getattr(one, "worker_failures", {})
+            pending += [one.__cause__, getattr(one, "cause", None), getattr(one, "_base_exc", None), *failures.values()]
+    return None
+
+
+def _short(error: BaseException) -> str:
+    """The last line that says something, of an error of many."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    told = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(told).__name__
+
+
+def _check_resources(config: RunConfig) -> None:
+    """Ask for no more than the cluster has: Ray would wait for ever."""
+    cluster, there = config.cluster, ray.cluster_resources()  # type: ignore[no-untyped-call]
+    needed = {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers if cluster.gpu else 0}
+    for kind, amount in needed.items():
+        if amount > there.get(kind, 0):
+            raise ClusterError(
+                f"cluster.workers={cluster.workers} need {amount:g} {kind}, but the Ray cluster has "
+                f"{there.get(kind, 0):g}; lower cluster.workers or cluster.cpus_per_worker, or add nodes"
+            )

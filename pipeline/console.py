@@ -1,0 +1,65 @@
+"""What a person sees while a run goes on: bars on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LOG_EVERY_S = 15.0
+
+# soft_wrap: a log keeps its lines whole, however narrow rich thinks it is
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print one line of progress."""
+    console.print(text)
+
+
+@contextmanager
+def bar(name: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """Show how far something is; the yielded function takes the count done and a few words."""
+    if not console.is_terminal:
+        yield _LogLines(name, total, unit)
+        return
+    columns = (
+        TextColumn("[bold]{task.description:<12}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=total, words="")
+        yield lambda done, words: progress.update(task, completed=done, words=words)
+
+
+class _LogLines:
+    """A line every LOG_EVERY_S seconds, and one at the end."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.began = self.told = time.monotonic()
+        self.first: int | None = None
+
+    def __call__(self, done: int, words: str) -> None:
+        now = time.monotonic()
+        if self.first is None and done:
+            self.first, self.began = done, now  # a resumed run does not start at nought
+        if done < self.total and now - self.told < LOG_EVERY_S:
+            return
+        self.told = now
+        covered = done - (self.first or 0)
+        left = (now - self.began) / covered * (self.total - done) if covered else 0.0
+        say(f"{self.name:<12} {done}/{self.total} {self.unit}  {left:.0f} s left  {words}")
+
+
+def training_words(metrics: dict[str, float]) -> str:
+    """`1,234 samples/s  loss v2 3.21  v1 0.98`: the new head's loss first, then the parents'."""
+    losses = [f"{key.removeprefix('loss/')} {value:.3f}" for key, value in metrics.items() if key.startswith("loss/")]
+    return f"{metrics.get('samples_per_s', 0.0):,.0f} samples/s  loss {'  '.join(losses)}"

@@ -1,0 +1,183 @@
+"""The generations of one family: each is trained unless it is there, and registered.
+
+Everything is found again: what is complete is left alone, what was cut off goes on, and what was made with another
+config is refused by the names of the keys that differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.code import code_version
+from pipeline.config import RunConfig, differing_keys
+from pipeline.data.manifest import Manifest
+from pipeline.errors import ConfigError
+from pipeline.files import write_json
+from pipeline.generation import RECORD, Generation, GenerationRecord
+from pipeline.identities import IdentityTable
+from pipeline.plan import Plan
+from pipeline.registry import DatasetInput, RegisteredGeneration, Registry
+from pipeline.schema import digest_json
+
+
+@dataclass(frozen=True)
+class Member:
+    """One generation of a run's family: where it lies, what shapes it, and how it comes to be."""
+
+    config: RunConfig
+    name: str
+    registry: Registry
+
+    @property
+    def artefact(self) -> Path:
+        """Folder of the sealed generation."""
+        return self.config.folder / "generations" / self.name
+
+    @property
+    def workplace(self) -> Path:
+        """Folder of its training: config, identities, checkpoints."""
+        return self.config.folder / "training" / self.name
+
+    @property
+    def data(self) -> Path:
+        """Folder of the training shards."""
+        return self.config.home / self.config.data.train
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Of the training shards."""
+        return Manifest.load(self.data)
+
+    @cached_property
+    def identities(self) -> IdentityTable:
+        """The generation's table: all of the data set's identities, or as many of them as the config says."""
+        every, count = self.manifest.identities(), self.config.generations[self.name].identities
+        return every if count is None else every.subset(count, self.config.seed)
+
+    @cached_property
+    def parents(self) -> list[RegisteredGeneration]:
+        """As registered. Raises RegistryError if one is not, or its artefact is no longer the registered one."""
+        return [self.registry.get(parent) for parent in self.config.generations[self.name].parents]
+
+    @cached_property
+    def shaping(self) -> dict[str, Any]:
+        """All that shapes the trained weights; its digest tells one training from another."""
+        return {
+            **self.config.shaping(self.name),
+            "data_digest": self.manifest.digest,
+            "identities_digest": self.identities.digest,
+            "parents_digests": {parent.name: parent.digest for parent in self.parents},
+        }
+
+    def find(self) -> Generation | None:
+        """The sealed generation, if it is there.
+
+        Raises:
+            ConfigError: it, or the beginning of its training, was made with another config.
+        """
+        if (self.artefact / RECORD).is_file():
+            generation = Generation(self.artefact)
+            self._refuse_other(generation.record.config, self.artefact)
+            return generation
+        begun = self.workplace / "config.json"
+        if begun.is_file():
+            self._refuse_other(json.loads(begun.read_text()), self.workplace)
+        return None
+
+    def train(self, train: Callable[[Plan], None]) -> Generation:
+        """Train and register, as far as that is not done.
+
+        Args:
+            train: carries out a plan; seals the artefact at its destination.
+
+        Raises:
+            ConfigError: as `find`.
+            RegistryError: a parent is not registered; or the store does not answer.
+            GenerationError: a parent's artefact has changed, or no longer gives what it gave.
+        """
+        generation = self.find()
+        registered = self.registry.find(self.name)
+        if generation is not None and registered is not None and registered.digest == generation.digest:
+            return generation
+        self.verify_parents()
+        run_id = self._start_run()
+        try:
+            if generation is None:
+                train(self._plan(run_id))
+                generation = Generation(self.artefact)
+            self.registry.register(run_id, generation, generation.record.training)
+        except BaseException as error:
+            self.registry.finish_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        self.registry.finish_run(run_id)
+        return generation
+
+    def verify_parents(self) -> None:
+        """Check each parent's files against its digest and let it reproduce its self-test, before workers are asked."""
+        for parent in self.parents:
+            generation = parent.open()
+            generation.verify()
+            generation.reproduce_selftest()
+
+    def _plan(self, run_id: str) -> Plan:
+        self.workplace.mkdir(parents=True, exist_ok=True)
+        write_json(self.workplace / "config.json", self.shaping)
+        self.identities.save(self.workplace / "identities.parquet")
+        generation = self.config.generations[self.name]
+        record = GenerationRecord(
+            family=self.config.name,
+            name=self.name,
+            parents={parent.name: parent.digest for parent in self.parents},
+            backbone=generation.backbone,
+            preprocess=self.config.preprocess,
+            margin=generation.margin,
+            identities=len(self.identities),
+            config=self.shaping,
+            config_digest=digest_json(self.shaping),
+            data_digest=self.manifest.digest,
+            code_version=code_version(),
+        )
+        return Plan(
+            config=self.config,
+            record=record,
+            data=self.data,
+            identities=self.workplace / "identities.parquet",
+            checkpoints=self.workplace / "checkpoints",
+            destination=self.artefact,
+            parents=tuple(Path(parent.path) for parent in self.parents),
+            tracking_uri=self.registry.uri,
+            run_id=run_id,
+        )
+
+    def _start_run(self) -> str:
+        dataset = DatasetInput(
+            name=self.data.name,
+            path=str(self.data),
+            digest=self.manifest.digest,
+            samples=self.manifest.samples,
+            identities=len(self.identities),
+        )
+        tags = {"config_digest": digest_json(self.shaping), "code_version": code_version()}
+        return self.registry.start_run(self.name, flat(self.shaping), tags, dataset, self.parents)
+
+    def _refuse_other(self, theirs: dict[str, Any], where: Path) -> None:
+        ours = json.loads(json.dumps(self.shaping))
+        if differences := differing_keys(theirs, ours):
+            told = ", ".join(differences[:5]) + (", ..." if len(differences) > 5 else "")
+            raise ConfigError(
+                f"generation {self.name!r} at {where} was made with another config: {told}; "
+                "take another name, or start over with --fresh"
+            )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    """Nested sections as dotted keys."""
+    out: dict[str, object] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out

@@ -1,0 +1,148 @@
+"""A run from end to end: data, the generations that are not there yet, their evaluation, the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster
+from pipeline.assessment import assess, inputs_digest, read_reports
+from pipeline.config import RunConfig
+from pipeline.console import bar, console, say, training_words
+from pipeline.data.manifest import Manifest
+from pipeline.data.packing import pack
+from pipeline.data.typefaces import Split, TypefaceSource
+from pipeline.evaluation.compatibility import render_table
+from pipeline.family import Member
+from pipeline.files import write_json
+from pipeline.generation import Generation
+from pipeline.plan import Plan
+from pipeline.registry import Registry
+from pipeline.registry_store import tracking_location
+
+REPORT = "report.json"
+
+
+def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
+    """Do all of a run that is not done, and return its report.
+
+    Args:
+        config: of the run.
+        fresh: forget what earlier runs of the same name left: artefacts, checkpoints, registered versions. The data
+            stays.
+    """
+    clock = Clock(config.folder / "seconds.json")
+    dashboard = cluster.connect()
+    uri, artifact_root = tracking_location(config.tracking, config.home)
+    registry = Registry(uri, config.name, artifact_root)
+    if fresh:
+        registry.forget()
+        shutil.rmtree(config.folder, ignore_errors=True)
+    with clock.time("data"):
+        prepare_data(config)
+    generations = {}
+    for name in config.generations:
+        with clock.time(name):
+            generations[name] = Member(config, name, registry).train(_train)
+    with clock.time("evaluation"):
+        report = evaluate(config, registry, generations)
+    report |= {"seconds": clock.seconds, "mlflow": registry.description()}
+    write_json(config.folder / REPORT, report)
+    tell(config, report, registry, dashboard)
+    return report
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Make the shards where the config says how, and check them against their manifests.
+
+    Raises:
+        DataError: they are missing, empty, or not the ones that the manifest describes.
+    """
+    folders: dict[Split, Path | None] = {"train": config.data.train, "test": config.data.test}
+    for split, relative in folders.items():
+        if relative is None:
+            continue
+        folder = config.home / relative
+        if config.data.source == "typefaces":
+            source = TypefaceSource(config.data.typefaces, config.home / "data" / "cache", split)
+            with bar(f"pack {split}", len(source.parts()), "parts") as show:
+                pack(source, folder, config.data.pack, lambda done, _, words: show(done, words))
+        manifest = Manifest.load(folder)
+        manifest.verify(digests=config.data.verify)
+        rejected = sum(manifest.rejects.values())
+        say(
+            f"{split:<12} {manifest.samples:,} images of {manifest.identities_count:,} identities in "
+            f"{len(manifest.shards)} shards, {rejected:,} rejected"
+        )
+
+
+def _train(plan: Plan) -> None:
+    """Train one generation on the cluster, with a bar."""
+    name, training = plan.record.name, plan.config.generations[plan.record.name].training
+    with bar(name, training.steps, "steps") as show:
+        cluster.train_generation(plan, lambda step, metrics: show(step, training_words(metrics)))
+
+
+def evaluate(config: RunConfig, registry: Registry, generations: dict[str, Generation]) -> dict[str, Any]:
+    """Assess the generations, unless the report that is there has just these inputs, and log what is found."""
+    if config.data.test is None:
+        return {"generations": list(generations), "metrics": {}, "criterion": {}, "update_gain": {}, "upgrades": []}
+    test = config.home / config.data.test
+    inputs = inputs_digest(config, generations, test)
+    path = config.folder / REPORT
+    if path.is_file() and (told := json.loads(path.read_text())).get("inputs") == inputs:
+        return {key: value for key, value in told.items() if key not in ("seconds", "mlflow")}
+    say("evaluating on the held-out images")
+    report = {**assess(config, generations, test, config.folder), "inputs": inputs}
+    _log(config, registry, generations, report)
+    return report
+
+
+def _log(config: RunConfig, registry: Registry, generations: dict[str, Generation], report: dict[str, Any]) -> None:
+    """Write each generation's figures and the pictures to its run, and name the candidate."""
+    pictures = sorted(config.folder.glob("*.png"))
+    for name, generation in config.generations.items():
+        label = "paragon" if generation.paragon_of else name
+        figures = {
+            f"{metric}/{pair}": value
+            for metric, row in report["metrics"].items()
+            for pair, value in row.items()
+            if pair.startswith(f"{label}/")
+        }
+        registry.log_evaluation(name, figures, pictures)
+    held = [one["new"] for one in report["upgrades"] if one["criterion"][f"{one['new']}/{one['old']}"]]
+    first = next(iter(generations))
+    registry.promote_candidate(held[-1] if held else first)
+
+
+def tell(config: RunConfig, report: dict[str, Any], registry: Registry, dashboard: str) -> None:
+    """Print the verdict, and where to look further."""
+    for one in read_reports(report):
+        console.print(render_table(one))
+    say(f"report       {config.folder / REPORT}")
+    say(f"pictures     {config.folder / 'det.png'}, matrix-*.png")
+    say(f"MLflow       {registry.ui_command()}")
+    if dashboard:
+        say(f"Ray          {dashboard}")
+
+
+class Clock:
+    """Seconds of each stage, kept over interrupted runs: a stage that is found done keeps the time that it took."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Add a stage's wall-clock time."""
+        began = time.monotonic()
+        yield
+        taken = round(time.monotonic() - began, 1)
+        self.seconds[stage] = max(taken, self.seconds.get(stage, 0.0))
+        write_json(self.path, self.seconds)
