@@ -11,7 +11,6 @@ import numpy as np
 
 from pipeline.config import RunConfig
 from pipeline.data.manifest import Manifest
-from pipeline.errors import ConfigError
 from pipeline.evaluation import plots
 from pipeline.evaluation.compatibility import Embeddings, Report, build_report, compared_scores, cross_test
 from pipeline.evaluation.embedding import embed
@@ -68,7 +67,7 @@ def assess(config: RunConfig, generations: dict[str, Generation], test: Path, fo
         for old, new in combinations_with_replacement(embedded, 2)
         if embedded[new].vectors_ND.shape[1] >= embedded[old].vectors_ND.shape[1]
     }
-    reports = [_report(config, upgrade, generations, pairs) for upgrade in upgrades_of(config)]
+    reports = [_report(config, upgrade, pairs) for upgrade in upgrades_of(config)]
     _draw(embedded, pairs, reports, folder)
     merged: dict[str, Any] = {"generations": list(generations), "metrics": {}, "criterion": {}, "update_gain": {}}
     if not reports:
@@ -98,14 +97,7 @@ def read_reports(told: dict[str, Any]) -> list[Report]:
     ]
 
 
-def _report(
-    config: RunConfig, upgrade: Upgrade, generations: dict[str, Generation], pairs: dict[str, dict[str, float]]
-) -> Report:
-    if upgrade.old not in generations:
-        raise ConfigError(
-            f"generations.{upgrade.new}.parents names {upgrade.old!r}, which is not in this run: only "
-            "generations of the run are evaluated; add it, or set data.test to null"
-        )
+def _report(config: RunConfig, upgrade: Upgrade, pairs: dict[str, dict[str, float]]) -> Report:
     of_interest = {upgrade.old, upgrade.new, upgrade.paragon}
     needed = {label: values for label, values in pairs.items() if set(label.split("/")) <= of_interest}
     needed.pop(f"{upgrade.paragon}/{upgrade.new}", None)

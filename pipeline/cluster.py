@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -30,18 +31,26 @@ POLL_S = 0.5
 Progress = Callable[[int, dict[str, float]], None]
 
 
-def connect() -> str:
+def connect() -> None:
     """Join the cluster that RAY_ADDRESS or a `ray start` on this machine names, or start a local one.
 
-    Returns:
-        The dashboard's address, empty if it has none.
+    Raises:
+        ClusterError: it does not answer.
     """
-    if not ray.is_initialized():
-        try:
-            ray.init(runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"Ray cannot be reached: {' '.join(str(error).split())[:300]}") from None
-    url = ray.worker.global_worker.node.address_info.get("webui_url") if ray.worker.global_worker.node else None
+    if ray.is_initialized():
+        return
+    # Ray runs workers at the lowest priority: on a laptop anything else would starve them. Set where we start it.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    try:
+        ray.init(runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"Ray cannot be reached: {' '.join(str(error).split())[:300]}") from None
+
+
+def dashboard() -> str:
+    """The address of the cluster's dashboard, if this process has joined one that has it."""
+    node = ray.worker.global_worker.node if ray.is_initialized() else None
+    url = node.address_info.get("webui_url") if node is not None else None
     return f"http://{url}" if url else ""
 
 

@@ -106,6 +106,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _generations_fit_together(self) -> Self:
+        names = list(self.generations)
         for name, generation in self.generations.items():
             backbone, preprocess = generation.backbone, self.preprocess
             if (backbone.image_size, backbone.channels) != (preprocess.size, preprocess.channels):
@@ -115,6 +116,8 @@ class RunConfig(Config):
                 )
             if name in generation.parents:
                 raise ValueError(f"generations.{name}.parents names itself")
+            if later := set(generation.parents) & set(names[names.index(name) + 1 :]):
+                raise ValueError(f"generations.{name}.parents names {later.pop()!r}, which is trained after it")
             if generation.paragon_of is not None and generation.paragon_of not in self.generations:
                 raise ValueError(
                     f"generations.{name}.paragon_of names {generation.paragon_of!r}, which is not in this run"
@@ -198,7 +201,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node.setdefault(part, {}), dict):
             raise ConfigError(f"override {override!r}: {part} holds a value, not a section")
         node = node[part]
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: its value is no YAML: {' '.join(str(error).split())}") from None
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline import cluster
 from pipeline.assessment import assess, inputs_digest, read_reports
 from pipeline.config import RunConfig
 from pipeline.console import bar, console, say, training_words
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import FILE_NAME, Manifest
 from pipeline.data.packing import pack
 from pipeline.data.typefaces import Split, TypefaceSource
 from pipeline.evaluation.compatibility import render_table
@@ -36,16 +36,15 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
         fresh: forget what earlier runs of the same name left: artefacts, checkpoints, registered versions. The data
             stays.
     """
-    clock = Clock(config.folder / "seconds.json")
-    dashboard = cluster.connect()
     uri, artifact_root = tracking_location(config.tracking, config.home)
     registry = Registry(uri, config.name, artifact_root)
     if fresh:
         registry.forget()
         shutil.rmtree(config.folder, ignore_errors=True)
+    clock = Clock(config.folder / "seconds.json")
     with clock.time("data"):
         prepare_data(config)
-    generations = {}
+    generations = older_generations(config, registry)
     for name in config.generations:
         with clock.time(name):
             generations[name] = Member(config, name, registry).train(_train)
@@ -53,8 +52,14 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
         report = evaluate(config, registry, generations)
     report |= {"seconds": clock.seconds, "mlflow": registry.description()}
     write_json(config.folder / REPORT, report)
-    tell(config, report, registry, dashboard)
+    tell(config, report, registry)
     return report
+
+
+def older_generations(config: RunConfig, registry: Registry) -> dict[str, Generation]:
+    """The parents that earlier runs have trained: registered, or refused before anything is trained."""
+    parents = {parent for generation in config.generations.values() for parent in generation.parents}
+    return {parent: registry.get(parent).open() for parent in sorted(parents - config.generations.keys())}
 
 
 def prepare_data(config: RunConfig) -> None:
@@ -68,6 +73,8 @@ def prepare_data(config: RunConfig) -> None:
         if relative is None:
             continue
         folder = config.home / relative
+        if config.data.source == "typefaces" and not (folder / FILE_NAME).is_file():
+            cluster.connect()
         if config.data.source == "typefaces":
             source = TypefaceSource(config.data.typefaces, config.home / "data" / "cache", split)
             with bar(f"pack {split}", len(source.parts()), "parts") as show:
@@ -83,6 +90,7 @@ def prepare_data(config: RunConfig) -> None:
 
 def _train(plan: Plan) -> None:
     """Train one generation on the cluster, with a bar."""
+    cluster.connect()
     name, training = plan.record.name, plan.config.generations[plan.record.name].training
     with bar(name, training.steps, "steps") as show:
         cluster.train_generation(plan, lambda step, metrics: show(step, training_words(metrics)))
@@ -116,18 +124,17 @@ def _log(config: RunConfig, registry: Registry, generations: dict[str, Generatio
         }
         registry.log_evaluation(name, figures, pictures)
     held = [one["new"] for one in report["upgrades"] if one["criterion"][f"{one['new']}/{one['old']}"]]
-    first = next(iter(generations))
-    registry.promote_candidate(held[-1] if held else first)
+    registry.promote_candidate(held[-1] if held else next(iter(generations)))
 
 
-def tell(config: RunConfig, report: dict[str, Any], registry: Registry, dashboard: str) -> None:
+def tell(config: RunConfig, report: dict[str, Any], registry: Registry) -> None:
     """Print the verdict, and where to look further."""
     for one in read_reports(report):
         console.print(render_table(one))
     say(f"report       {config.folder / REPORT}")
     say(f"pictures     {config.folder / 'det.png'}, matrix-*.png")
     say(f"MLflow       {registry.ui_command()}")
-    if dashboard:
+    if dashboard := cluster.dashboard():
         say(f"Ray          {dashboard}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ class Manifest(Config):
         """Write the manifest into its folder; a reader sees the old one or the whole new one."""
         write_json(self.folder / FILE_NAME, self.model_dump(mode="json"))
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Sha256 of the canonical JSON, less the source's fingerprint: equal digests mean equal samples in order."""
         return digest_json(self.model_dump(mode="json", exclude={"source"}))

@@ -55,14 +55,14 @@ def write_shard(tar: Path, samples: Iterable[Sample], table: IdentityTable) -> i
     lines = []
     with beside.open("wb") as stream:
         # The time is an int: a float costs an extended header for each member.
-        writer = TarWriter(stream, user="bct", group="bct", mode=0o444, mtime=0, encoder=False, compress=False)
-        for sample in samples:
-            assert KEY_PATTERN.fullmatch(sample.key), f"{sample.key!r} is no key that is safe in a tar"
-            members = _members(sample, table.row_of_key[sample.identity])
-            lines.append(_index_line(sample.key, members, writer.tarstream.offset))
-            writer.write({"__key__": sample.key, **members})
-            assert writer.tarstream.offset == _end_of_line(lines[-1]), "the tar is not laid out as the index says"
-        writer.close()
+        about = {"user": "bct", "group": "bct", "mode": 0o444, "mtime": 0}
+        with TarWriter(stream, encoder=False, compress=False, **about) as writer:
+            for sample in samples:
+                assert KEY_PATTERN.fullmatch(sample.key), f"{sample.key!r} is no key that is safe in a tar"
+                members = _members(sample, table.row_of_key[sample.identity])
+                lines.append(_index_line(sample.key, members, writer.tarstream.offset))
+                writer.write({"__key__": sample.key, **members})
+                assert writer.tarstream.offset == _end_of_line(lines[-1]), "the tar is not laid out as the index says"
         stream.flush()
         os.fsync(stream.fileno())
     assert lines, "a shard holds at least one sample: DALI refuses an empty one"

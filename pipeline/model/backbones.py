@@ -111,15 +111,12 @@ class Backbone(nn.Module):
         assert images_BCHW.shape[1:] == self.image_shape, (
             f"images are {tuple(images_BCHW.shape[1:])}, the backbone takes {self.image_shape}"
         )
-        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-        features_BD: Tensor = self.head(self.trunk(images_BCHW))
+        features_BD: Tensor = self.head(self.trunk(_channels_last(images_BCHW)))
         return features_BD
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:
     """Build the backbone that `config` names, with fresh weights drawn from torch's default generator.
-
-    Convolutions lie in channels-last memory, the faster layout on CPUs and on tensor cores alike.
 
     Returns:
         A module from images_BCHW (float32) to features_BD (float32, not normalised), in training mode.
@@ -134,7 +131,19 @@ def build_backbone(config: BackboneConfig) -> Backbone:
         side = -(-config.image_size // trunk.total_stride)  # every stride-2 step of ours rounds up
         head = EmbeddingHead(trunk.out_channels, side, config.embedding_dim, config.dropout)
         backbone = Backbone(trunk, head, config)
-    return backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return backbone
+
+
+def _channels_last(images_BCHW: Tensor) -> Tensor:
+    """The faster layout on CPUs and on tensor cores alike; the maps that follow keep it.
+
+    The weights stay contiguous, as ZeRO's flat buffers need them. A grey image has both layouts at once, and torch
+    takes it for the slower one unless the strides say otherwise.
+    """
+    images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+    samples, channels, height, width = images_BCHW.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return images_BCHW.as_strided((samples, channels, height, width), strides)
 
 
 def _frozen_scale_norm(embedding_dim: int) -> nn.BatchNorm1d:

@@ -51,8 +51,6 @@ class BackboneEngine:
         self, backbone: nn.Module, optimiser: OptimiserConfig, config: EngineConfig, samples_per_rank: int
     ) -> None:
         self.config, self.world_size = config, dist.get_world_size()
-        for parameter in backbone.parameters():  # the engine cannot broadcast channels_last weights
-            parameter.data = parameter.data.contiguous()
         base = build_optimiser(optimiser, backbone_groups(backbone, optimiser))
         self._engine: Any = _initialise(backbone, base, config, samples_per_rank)
         self._base = base

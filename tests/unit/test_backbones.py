@@ -147,12 +147,19 @@ def test_small_map_side_rounds_up() -> None:
     assert trunk(torch.randn(2, 1, 41, 40)).shape == (2, 16, 6, 5)
 
 
-def test_memory_is_channels_last_and_the_layout_of_the_images_does_not_matter() -> None:
-    backbone = build(channels=3).eval()
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_are_channels_last_and_the_layout_of_the_images_does_not_matter(channels: int) -> None:
+    backbone = build(channels=channels).eval()
+    maps: list[torch.Tensor] = []
     convolutions = [part for part in backbone.modules() if isinstance(part, nn.Conv2d)]
-    assert all(part.weight.is_contiguous(memory_format=torch.channels_last) for part in convolutions)
-    images_BCHW = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(backbone(images_BCHW), backbone(images_BCHW.to(memory_format=torch.channels_last)))
+    for convolution in convolutions:
+        assert convolution.weight.is_contiguous(), "ZeRO's flat buffers need contiguous weights"
+        convolution.register_forward_hook(lambda _, __, out_BCHW: maps.append(out_BCHW))
+    images_BCHW = torch.randn(4, channels, 32, 32)
+    features_BD = backbone(images_BCHW)
+    assert len(maps) == len(convolutions)
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in maps)
+    torch.testing.assert_close(features_BD, backbone(images_BCHW.to(memory_format=torch.channels_last)))
 
 
 def test_dropout_acts_in_training_alone() -> None:

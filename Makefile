@@ -1,0 +1,65 @@
+# make demo      two generations on real typefaces, end to end; again: what is there is left alone; FRESH=1: start over
+# make test      the whole suite          make lint      style and types
+# make install   .venv alone              make cluster   a local Ray; make cluster-stop ends it
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One home for data, runs and the MLflow store, wherever Ray runs the code.
+export BCT_HOME ?= $(CURDIR)
+# Threads that wait must sleep, not spin: set before torch starts.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+export RAY_USAGE_STATS_ENABLED := 0
+# Ray gives its workers the lowest priority; here they are what the machine is for.
+export RAY_worker_niceness := 0
+RAY_PORT ?= 6379
+DASHBOARD_PORT ?= 8265
+
+.PHONY: install demo test lint cluster cluster-stop lock clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; run make with PYTHON=/path/to/a/newer/python3" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
+	@touch $@
+
+demo: install cluster
+	@$(BIN)/python jobs/train_bct.py $(if $(FRESH),--fresh)
+	@echo "stop Ray     make cluster-stop"
+
+# A Ray that is up on this machine is used; the token is made at the first start (see README).
+cluster: install
+	@$(BIN)/ray status >/dev/null 2>&1 || { \
+		mkdir -p .ray; \
+		setsid nohup $(BIN)/ray start --head --block --port=$(RAY_PORT) --dashboard-host=127.0.0.1 \
+			--dashboard-port=$(DASHBOARD_PORT) >.ray/log 2>&1 & echo $$! >.ray/pid; \
+		for _ in $$(seq 60); do $(BIN)/ray status >/dev/null 2>&1 && exit 0; sleep 1; done; \
+		echo "error: Ray did not start; see .ray/log, or choose RAY_PORT= and DASHBOARD_PORT=" >&2; exit 2; }
+
+# Ends the Ray that `make cluster` started here, and no other.
+cluster-stop:
+	@test ! -f .ray/pid || { kill -TERM -- -$$(cat .ray/pid) 2>/dev/null || true; rm -f .ray/pid; }
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# After a change of pyproject.toml: resolve anew. torch's build (+cpu, +cu130) is the index's business.
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --editable ".[dev]"
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' >requirements.lock
+	@touch $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info

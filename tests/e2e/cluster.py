@@ -1,0 +1,87 @@
+"""A private Ray cluster in a process of its own: own ports, own temporary folder, ended by its process group."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+START_S = 90
+
+
+@dataclass(frozen=True)
+class PrivateRay:
+    """Where it answers, and the environment in which commands find it."""
+
+    gcs: str
+    dashboard: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
+    """Start a head node; `home` is the BCT_HOME of everything that it runs."""
+    gcs, dashboard, client = free_ports(3)
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray puts sockets in it
+    environment = {
+        **os.environ,
+        "BCT_HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}", f"--temp-dir={folder / 't'}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait(url, process, folder / "log")
+        yield PrivateRay(f"127.0.0.1:{gcs}", url, environment)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(START_S * 2):
+        if process.poll() is not None:
+            break
+        try:
+            urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
+        except urllib.error.HTTPError:
+            return  # it asks for the token: it is up
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+    raise AssertionError(f"Ray did not start:\n{log.read_text()}")

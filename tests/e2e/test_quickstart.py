@@ -1,0 +1,174 @@
+"""The whole job in miniature, by the card's line on a real cluster; then again, in every way that a user may."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.data.typeface_packages import fetch
+from pipeline.errors import DataError
+from tests.e2e.cluster import BIN, PrivateRay, private_ray
+
+ROOT = Path(__file__).parents[2]
+PAIRS = ["v1/v1", "v2/v1", "v2/v2", "paragon/v1", "paragon/paragon"]
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def ray(home: Path) -> Iterator[PrivateRay]:
+    try:
+        fetch("yomogi", home / "data" / "cache")
+    except DataError as error:
+        pytest.skip(f"typefaces cannot be fetched here: {error}")
+    with private_ray(home) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def submitted(ray: PrivateRay) -> str:
+    """What `ray job submit` printed, with the working directory travelling as the card's line says."""
+    line = ["job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
+    line += ["python", "jobs/train_bct.py", "--config", "configs/tiny.yaml"]
+    command = [str(BIN / "ray"), *line]
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, env=ray.environment, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def report(submitted: str, home: Path) -> dict[str, Any]:
+    assert "compatible with v1" in submitted
+    content: dict[str, Any] = json.loads((home / "runs" / "tiny" / "report.json").read_text())
+    return content
+
+
+def alone(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python jobs/train_bct.py`, with a Ray of its own if it needs one: none of these runs should."""
+    command = [sys.executable, "jobs/train_bct.py", "--config", "configs/tiny.yaml", *arguments]
+    environment = {**os.environ, "BCT_HOME": str(home), "RAY_ADDRESS": "127.0.0.1:1"}  # no Ray: it must not be asked
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert all(words in message for words in told), message
+
+
+def test_report_holds_every_pair(report: dict[str, Any]) -> None:
+    assert report["generations"] == ["v1", "v2", "v2-paragon"]
+    assert list(report["metrics"]) == ["rank1", "tar@1e-2"]
+    for row in report["metrics"].values():
+        assert sorted(row) == sorted(PAIRS)
+        assert all(0.0 <= value <= 1.0 for value in row.values())
+    held = all(row["v2/v1"] > row["v1/v1"] for row in report["metrics"].values())
+    assert report["criterion"] == {"v2/v1": held}
+    assert report["update_gain"].keys() == report["metrics"].keys()
+    assert report["seconds"].keys() == {"data", "v1", "v2", "v2-paragon", "evaluation"}
+    assert report["mlflow"]["model"] == "tiny"
+    assert report["mlflow"]["versions"] == {"v1": 1, "v2": 2, "v2-paragon": 3}
+
+
+def test_pictures_are_there(report: dict[str, Any], home: Path) -> None:
+    assert report
+    for name in ("det.png", "matrix-rank1.png", "matrix-tar-at-1e-2.png"):
+        assert (home / "runs" / "tiny" / name).read_bytes().startswith(b"\x89PNG"), name
+
+
+def test_mlflow_holds_runs_curves_lineage_and_versions(report: dict[str, Any]) -> None:
+    client = MlflowClient(report["mlflow"]["tracking_uri"])
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs.keys() == {"v1", "v2", "v2-paragon"}
+    v2 = runs["v2"]
+    assert v2.info.status == "FINISHED"
+    assert v2.data.params["compat.weight"] == "0.3"
+    assert json.loads(v2.data.tags["parents"]).keys() == {"v1"}
+    assert v2.inputs is not None
+    assert [entry.dataset.name for entry in v2.inputs.dataset_inputs] == ["train"]
+    assert len(v2.inputs.model_inputs) == 1
+    for key in ("loss/v2", "loss/v1"):
+        history = client.get_metric_history(v2.info.run_id, key)
+        assert [point.step for point in history] == [2, 4, 6, 8, 10, 12]
+    assert any(key.startswith("system/") for key in v2.data.metrics)
+    versions = {one.tags["generation"]: one for one in client.search_model_versions("name='tiny'")}
+    assert json.loads(versions["v2"].tags["parents"])["v1"]["digest"] == versions["v1"].tags["digest"]
+    assert client.get_model_version_by_alias("tiny", "candidate").version in {one.version for one in versions.values()}
+    logged = {entry.path for entry in client.list_artifacts(v2.info.run_id, "plots")}
+    assert any(path.endswith("det.png") for path in logged)
+
+
+def test_run_again_finds_everything_and_does_nothing(report: dict[str, Any], home: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs" / "tiny" / "generations").rglob("*")}
+    done = alone(home)
+    assert done.returncode == 0, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (home / "runs" / "tiny" / "generations").rglob("*")}
+    again = json.loads((home / "runs" / "tiny" / "report.json").read_text())
+    assert again["metrics"] == report["metrics"]
+    assert again["mlflow"] == report["mlflow"]
+    client = MlflowClient(report["mlflow"]["tracking_uri"])
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_reused_name_with_another_config_names_the_keys(report: dict[str, Any], home: Path) -> None:
+    assert report
+    done = alone(home, "generations.v2.margin.m3=0.3", "generations.v2.training.steps=9")
+    refused(done, "generation 'v2'", "margin.m3 (was 0.2, now 0.3)", "training.steps (was 12, now 9)")
+
+
+def test_changed_shard_is_refused_before_training(report: dict[str, Any], home: Path) -> None:
+    assert report
+    shard = next((home / "data" / "typefaces-tiny" / "train").glob("*.tar"))
+    kept = shard.read_bytes()
+    shard.write_bytes(kept[:2000] + bytes([kept[2000] ^ 1]) + kept[2001:])
+    try:
+        refused(alone(home), shard.name, "changed after packing")
+    finally:
+        shard.write_bytes(kept)
+
+
+def test_missing_and_empty_data_are_refused(report: dict[str, Any], home: Path, tmp_path: Path) -> None:
+    assert report
+    refused(alone(home, "data.source=none", f"data.train={tmp_path / 'nowhere'}"), "does not exist", "pack.py")
+    (tmp_path / "empty").mkdir()
+    refused(alone(home, "data.source=none", f"data.train={tmp_path / 'empty'}"), "is empty", "pack.py")
+
+
+def test_changed_parent_is_refused_before_workers_are_asked(report: dict[str, Any], home: Path) -> None:
+    assert report
+    weights = home / "runs" / "tiny" / "generations" / "v1" / "backbone.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-4] + b"\0\0\0\1")
+    try:
+        done = alone(home, "generations.v3.parents=[v1]", "generations.v3.backbone={embedding_dim: 16, width: 8}")
+        refused(done, "generation 'v1'", "backbone.safetensors has changed")
+    finally:
+        weights.write_bytes(kept)
+
+
+def test_parent_that_is_not_registered_is_refused(report: dict[str, Any], home: Path) -> None:
+    assert report
+    refused(alone(home, "generations.v2.parents=[v0]"), "'v0' is not registered")
