@@ -12,6 +12,8 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 export RAY_USAGE_STATS_ENABLED := 0
+# Whoever can reach a Ray cluster can run code on it: a token from the first start on, in ~/.ray/auth_token.
+export RAY_AUTH_MODE := token
 # Ray gives its workers the lowest priority; here they are what the machine is for.
 export RAY_worker_niceness := 0
 RAY_PORT ?= 6379
@@ -33,10 +35,10 @@ demo: install cluster
 	@$(BIN)/python jobs/train_bct.py $(if $(FRESH),--fresh)
 	@echo "stop Ray     make cluster-stop"
 
-# A Ray that is up on this machine is used; the token is made at the first start (see README).
+# A Ray that is up on this machine is used as it is.
 cluster: install
 	@$(BIN)/ray status >/dev/null 2>&1 || { \
-		mkdir -p .ray; \
+		mkdir -p .ray; $(BIN)/ray get-auth-token --generate >/dev/null 2>&1; \
 		setsid nohup $(BIN)/ray start --head --block --port=$(RAY_PORT) --dashboard-host=127.0.0.1 \
 			--dashboard-port=$(DASHBOARD_PORT) >.ray/log 2>&1 & echo $$! >.ray/pid; \
 		for _ in $$(seq 60); do $(BIN)/ray status >/dev/null 2>&1 && exit 0; sleep 1; done; \

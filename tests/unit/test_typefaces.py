@@ -144,8 +144,8 @@ def test_glyphs_are_centred_and_fill_four_fifths(size: int) -> None:
         assert box is not None
         assert image.size == (size, size)
         assert image.mode == "L"
-        darkest, brightest = image.getextrema()
-        assert darkest == 0 < 180 < brightest, "white on black"
+        assert np.asarray(image).min() == 0
+        assert np.asarray(image).max() > 180, "white on black"
         sides = (box[2] - box[0], box[3] - box[1])
         assert sides[along] == round(0.8 * size)
         assert abs(sides[across] - ratio * sides[along]) <= 2
@@ -335,11 +335,11 @@ def test_a_package_that_is_not_the_pinned_one_is_discarded(
     pinned = typeface_packages.PACKAGES["dotgothic16"]
     other = typeface_packages.Package(pinned.version, pinned.sha512[::-1])
     monkeypatch.setitem(typeface_packages.PACKAGES, "dotgothic16", other)
-    try:
-        with pytest.raises(DataError, match="sha512 is not the pinned one; it was discarded"):
-            fetch("dotgothic16", tmp_path / "cache")
-    except DataError as error:
-        pytest.skip(f"the registry cannot be reached: {error}")
+    with pytest.raises(DataError) as error:
+        fetch("dotgothic16", tmp_path / "cache")
+    if "npm could not fetch" in str(error.value):
+        pytest.skip(f"needs a small npm package: {error.value}")
+    assert "sha512 is not the pinned one; it was discarded" in str(error.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
