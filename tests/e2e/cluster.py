@@ -69,6 +69,7 @@ def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 

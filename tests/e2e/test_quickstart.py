@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,13 @@ def submitted(ray: PrivateRay) -> str:
     line = ["job", "submit", "--address", ray.dashboard, "--working-dir", ".", "--"]
     line += ["python", "jobs/train_bct.py", "--config", "configs/tiny.yaml"]
     command = [str(BIN / "ray"), *line]
-    done = subprocess.run(
-        command, check=False, cwd=ROOT, env=ray.environment, capture_output=True, text=True, timeout=580
-    )
+    for _ in range(30):
+        done = subprocess.run(
+            command, check=False, cwd=ROOT, env=ray.environment, capture_output=True, text=True, timeout=580
+        )
+        if "No available agent" not in done.stderr:  # the dashboard answers before the agent that runs jobs is up
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
     return done.stdout
 
