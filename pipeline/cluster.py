@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -19,7 +19,7 @@ from pipeline.config import RunConfig
 from pipeline.console import say
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ClusterError, PipelineError
-from pipeline.generation import Generation
+from pipeline.generation import RECORD, Generation
 from pipeline.identities import IdentityTable
 from pipeline.plan import Plan
 
@@ -28,7 +28,7 @@ from pipeline.plan import Plan
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 POLL_S = 0.5
 
-Progress = Callable[[int, dict[str, float]], None]
+Progress = Callable[[str, int, dict[str, float]], None]  # generation, steps done, figures
 
 
 def connect() -> None:
@@ -41,6 +41,8 @@ def connect() -> None:
         return
     # Ray runs workers at the lowest priority: on a laptop anything else would starve them. Set where we start it.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # One process less to start with each group of workers: what it would tell them, they do not listen to yet.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         ray.init(runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -59,49 +61,49 @@ class Board:
     """Where rank 0 posts how a training goes and the driver reads it; worker output is never parsed."""
 
     def __init__(self) -> None:
-        self.latest: tuple[int, dict[str, float]] = (0, {})
+        self.latest: tuple[str, int, dict[str, float]] = ("", 0, {})
 
-    def post(self, step: int, metrics: dict[str, float]) -> None:
+    def post(self, name: str, step: int, metrics: dict[str, float]) -> None:
         """Replace what stands there."""
-        self.latest = (step, metrics)
+        self.latest = (name, step, metrics)
 
-    def read(self) -> tuple[int, dict[str, float]]:
+    def read(self) -> tuple[str, int, dict[str, float]]:
         """The last post."""
         return self.latest
 
 
-def train_generation(plan: Plan, on_progress: Progress) -> None:
-    """Train on the cluster's workers, from the last checkpoint if there is one, to the sealed artefact.
+def train_generations(plans: Sequence[Plan], on_progress: Progress) -> None:
+    """Train one generation after the other on the cluster's workers, each from its last checkpoint to its artefact.
 
+    None of them may be another's parent. They share one group of workers, which takes Ray half a minute to start.
     Lost workers are replaced `cluster.max_failures` times. A user's mistake found by a worker is raised as it is.
 
     Raises:
         ClusterError: the workers failed once too often.
     """
-    _check_resources(plan.config)
+    config, names = plans[0].config, ", ".join(plan.record.name for plan in plans)
+    _check_resources(config)
     board = Board.remote()  # type: ignore[attr-defined]
     with _Reader(board, on_progress):
-        for attempt in range(plan.config.cluster.max_failures + 1):
+        for attempt in range(config.cluster.max_failures + 1):
             try:
-                _trainer(plan, board).fit()
+                _trainer(plans, board).fit()
                 break
             except ray.train.TrainingFailedError as error:
                 if mistake := users_mistake(error):
                     raise mistake from None
                 cause = _short(error)
-                if attempt == plan.config.cluster.max_failures:
-                    raise ClusterError(
-                        f"training {plan.record.name!r} failed {attempt + 1} times; last: {cause}"
-                    ) from error
-                say(f"{plan.record.name}: workers failed ({cause}); going on from the last checkpoint")
+                if attempt == config.cluster.max_failures:
+                    raise ClusterError(f"training {names} failed {attempt + 1} times; last: {cause}") from error
+                say(f"{names}: workers failed ({cause}); going on from the last checkpoint")
     ray.kill(board)
 
 
-def _trainer(plan: Plan, board: Any) -> TorchTrainer:
-    cluster = plan.config.cluster
+def _trainer(plans: Sequence[Plan], board: Any) -> TorchTrainer:
+    cluster = plans[0].config.cluster
     return TorchTrainer(
         _worker,
-        train_loop_config={"plan": plan, "board": board},
+        train_loop_config={"plans": list(plans), "board": board},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
@@ -110,18 +112,23 @@ def _trainer(plan: Plan, board: Any) -> TorchTrainer:
         ),
         # A name of its own each time: Ray resumes, silently, whatever has the same. We resume by our own checkpoints.
         run_config=ray.train.RunConfig(
-            name=f"{plan.record.name}-{uuid.uuid4().hex[:8]}", storage_path=str(plan.checkpoints.parent / "ray")
+            name=f"train-{uuid.uuid4().hex[:8]}", storage_path=str(plans[0].config.folder / "ray")
         ),
     )
 
 
 def _worker(arguments: dict[str, Any]) -> None:
-    """One rank, from its process group to the sealed artefact."""
+    """One rank, from its process group to the sealed artefacts."""
+    for plan in arguments["plans"]:
+        if not (plan.destination / RECORD).is_file():  # a group that replaces a lost one finds the first ones done
+            _train_one(plan, arguments["board"])
+
+
+def _train_one(plan: Plan, board: Any) -> None:
     from pipeline.data.loader import TrainingLoader
     from pipeline.training.loop import train
     from pipeline.training.trainer import Trainer
 
-    plan: Plan = arguments["plan"]
     config = plan.config
     generation = config.generations[plan.record.name]
     threads = max(1, int(config.cluster.cpus_per_worker))
@@ -158,7 +165,7 @@ def _worker(arguments: dict[str, Any]) -> None:
             start_step=start_step,
         )
 
-    observer = _Observer(plan, arguments["board"]) if dist.get_rank() == 0 else _Silence()
+    observer = _Observer(plan, board) if dist.get_rank() == 0 else _Silence()
     with observer:
         train(trainer, open_loader, observer, plan.checkpoints, plan.destination, plan.record, identities)
 
@@ -182,10 +189,11 @@ class _Observer(_Silence):
     def __init__(self, plan: Plan, board: Any) -> None:
         from pipeline.registry_tracker import MlflowTracker
 
-        self.board, self.tracker = board, MlflowTracker(plan.tracking_uri, plan.run_id)
+        self.name, self.board, self.tracker = plan.record.name, board, MlflowTracker(plan.tracking_uri, plan.run_id)
+        board.post.remote(self.name, 0, {})
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        self.board.post.remote(step, metrics)
+        self.board.post.remote(self.name, step, metrics)
         self.tracker.log(step, metrics)
 
     def __exit__(self, *_: object) -> None:
@@ -208,18 +216,18 @@ class _Reader:
         self.thread.join()
 
     def _follow(self) -> None:
-        last = 0
+        last = ("", 0)
         while not self.ended.wait(POLL_S) or self._tell(last) != last:
             last = self._tell(last)
 
-    def _tell(self, last: int) -> int:
+    def _tell(self, last: tuple[str, int]) -> tuple[str, int]:
         try:
-            step, metrics = ray.get(self.board.read.remote(), timeout=10)
+            name, step, metrics = ray.get(self.board.read.remote(), timeout=10)
         except (ray.exceptions.RayError, TimeoutError):
             return last
-        if step != last:
-            self.on_progress(step, metrics)
-        return int(step)
+        if (name, step) != last:
+            self.on_progress(name, step, metrics)
+        return name, step
 
 
 def users_mistake(error: BaseException | None) -> PipelineError | None:

@@ -7,7 +7,7 @@ config is refused by the names of the keys that differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,31 +89,26 @@ class Member:
             self._refuse_other(json.loads(begun.read_text()), self.workplace)
         return None
 
-    def train(self, train: Callable[[Plan], None]) -> Generation:
-        """Train and register, as far as that is not done.
+    def registered(self) -> Generation | None:
+        """The sealed generation, if it is there and the registry knows it as it is."""
+        generation, known = self.find(), self.registry.find(self.name)
+        return generation if generation and known and known.digest == generation.digest else None
 
-        Args:
-            train: carries out a plan; seals the artefact at its destination.
+    def begin(self) -> Plan:
+        """Verify the parents, open the run, and say how the generation is to be trained.
 
         Raises:
             ConfigError: as `find`.
             RegistryError: a parent is not registered; or the store does not answer.
             GenerationError: a parent's artefact has changed, or no longer gives what it gave.
         """
-        generation = self.find()
-        registered = self.registry.find(self.name)
-        if generation is not None and registered is not None and registered.digest == generation.digest:
-            return generation
         self.verify_parents()
-        run_id = self._start_run()
-        try:
-            if generation is None:
-                train(self._plan(run_id))
-                generation = Generation(self.artefact)
-            self.registry.register(run_id, generation, generation.record.training)
-        except BaseException as error:
-            self.registry.finish_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
+        return self._plan(self._start_run())
+
+    def complete(self, run_id: str) -> Generation:
+        """Register the sealed generation and end its run."""
+        generation = Generation(self.artefact)
+        self.registry.register(run_id, generation, generation.record.training)
         self.registry.finish_run(run_id)
         return generation
 
@@ -181,3 +176,42 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, object]:
     for key, value in tree.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
+
+
+def train_missing(
+    config: RunConfig, registry: Registry, train: Callable[[Sequence[Plan]], None]
+) -> dict[str, Generation]:
+    """Train and register those generations of a run that are not there yet.
+
+    Generations that do not wait for one another are handed to `train` together.
+
+    Args:
+        config: of the run.
+        registry: of its family.
+        train: carries out plans; seals each artefact at its destination.
+
+    Returns:
+        All generations of the run by name, in the config's order.
+    """
+    members = [Member(config, name, registry) for name in config.generations]
+    for together in levels(config):
+        waiting = [member for member in members if member.name in together and member.registered() is None]
+        plans = {member.name: member.begin() for member in waiting}
+        try:
+            if missing := [plans[member.name] for member in waiting if member.find() is None]:
+                train(missing)
+        finally:  # also what was sealed before a failure
+            for member in waiting:
+                if (member.artefact / RECORD).is_file():
+                    member.complete(plans[member.name].run_id)
+                else:
+                    registry.finish_run(plans[member.name].run_id, "FAILED")
+    return {member.name: Generation(member.artefact) for member in members}
+
+
+def levels(config: RunConfig) -> list[set[str]]:
+    """Generations by how long a line of parents they wait for, within the run."""
+    depth: dict[str, int] = {}
+    for name, generation in config.generations.items():  # parents stand before their children
+        depth[name] = 1 + max((depth[parent] for parent in generation.parents if parent in depth), default=-1)
+    return [{name for name in depth if depth[name] == level} for level in range(max(depth.values()) + 1)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.data.manifest import FILE_NAME, Manifest
 from pipeline.data.packing import pack
 from pipeline.data.typefaces import Split, TypefaceSource
 from pipeline.evaluation.compatibility import render_table
-from pipeline.family import Member
+from pipeline.family import train_missing
 from pipeline.files import write_json
 from pipeline.generation import Generation
 from pipeline.plan import Plan
@@ -44,10 +44,8 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
     clock = Clock(config.folder / "seconds.json")
     with clock.time("data"):
         prepare_data(config)
-    generations = older_generations(config, registry)
-    for name in config.generations:
-        with clock.time(name):
-            generations[name] = Member(config, name, registry).train(_train)
+    older = older_generations(config, registry)
+    generations = older | train_missing(config, registry, lambda plans: train_with_bars(plans, clock))
     with clock.time("evaluation"):
         report = evaluate(config, registry, generations)
     report |= {"seconds": clock.seconds, "mlflow": registry.description()}
@@ -88,12 +86,24 @@ def prepare_data(config: RunConfig) -> None:
         )
 
 
-def _train(plan: Plan) -> None:
-    """Train one generation on the cluster, with a bar."""
+def train_with_bars(plans: Sequence[Plan], clock: Clock) -> None:
+    """Train on the cluster, a bar for each generation; the workers' start counts with the first."""
     cluster.connect()
-    name, training = plan.record.name, plan.config.generations[plan.record.name].training
-    with bar(name, training.steps, "steps") as show:
-        cluster.train_generation(plan, lambda step, metrics: show(step, training_words(metrics)))
+    steps = {plan.record.name: plan.config.generations[plan.record.name].training.steps for plan in plans}
+    with ExitStack() as stack:
+        shown: dict[str, Callable[[int, str], None]] = {}
+        current = stack.enter_context(ExitStack())
+
+        def on_progress(name: str, step: int, metrics: dict[str, float]) -> None:
+            if name not in shown:
+                if shown:  # the first bar's time began with the workers' start
+                    current.close()
+                    current.enter_context(clock.time(name))
+                shown[name] = current.enter_context(bar(name, steps[name], "steps"))
+            shown[name](step, training_words(metrics))
+
+        current.enter_context(clock.time(plans[0].record.name))
+        cluster.train_generations(plans, on_progress)
 
 
 def evaluate(config: RunConfig, registry: Registry, generations: dict[str, Generation]) -> dict[str, Any]:
