@@ -45,9 +45,10 @@ cluster: install
 		for _ in $$(seq 60); do $(BIN)/ray status >/dev/null 2>&1 && exit 0; sleep 1; done; \
 		echo "error: Ray did not start; see .ray/log, or choose RAY_PORT= and DASHBOARD_PORT=" >&2; exit 2; }
 
-# Ends the Ray that `make cluster` started here, and no other.
+# Ends the Ray that `make cluster` started here, and no other: all processes of its session.
 cluster-stop:
-	@test ! -f .ray/pid || { kill -TERM -- -$$(cat .ray/pid) 2>/dev/null || true; rm -f .ray/pid; }
+	@test ! -f .ray/pid || { ps -s "$$(cat .ray/pid)" -o pid= | xargs -r kill -TERM; sleep 3; \
+		ps -s "$$(cat .ray/pid)" -o pid= | xargs -r kill -KILL; rm -f .ray/pid; }
 
 test: install
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""A private Ray cluster in a process of its own: own ports, own temporary folder, ended by its process group."""
+"""A private Ray cluster in a session of its own: own ports, own temporary folder, ended by its processes' ids."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 BIN = Path(sys.executable).parent
 START_S = 90
@@ -64,13 +66,17 @@ def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
         _wait(url, process, folder / "log")
         yield PrivateRay(f"127.0.0.1:{gcs}", url, environment)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _end_session(process.pid)
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_session(session: int) -> None:
+    """Kill every process of a session: Ray's own survive a SIGTERM, and its workers have groups of their own."""
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == session:
+                os.kill(pid, signal.SIGKILL)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
