@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -143,7 +144,9 @@ def tell(config: RunConfig, report: dict[str, Any], registry: Registry) -> None:
         console.print(render_table(one))
     say(f"report       {config.folder / REPORT}")
     say(f"pictures     {config.folder / 'det.png'}, matrix-*.png")
-    say(f"MLflow       {registry.ui_command()}")
+    command = registry.ui_command()
+    here = f"{Path(sys.executable).parent}/" if command.startswith("mlflow ") else ""
+    say(f"MLflow       {here}{command}")
     if dashboard := cluster.dashboard():
         say(f"Ray          {dashboard}")
 
