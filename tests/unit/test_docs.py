@@ -44,7 +44,8 @@ def test_links_and_paths_of_the_docs_exist() -> None:
 
 def test_make_targets_of_the_docs_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    named = set(re.findall(r"`?make ([a-z][a-z-]*)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    docs = README + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"(?:`|^    )make ([a-z][a-z-]*)", docs, re.MULTILINE))
     assert {"demo", "test", "lint", "install", "cluster"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
