@@ -28,7 +28,7 @@ def bar(name: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]
         return
     columns = (
         TextColumn("[bold]{task.description:<12}"),
-        BarColumn(bar_width=28),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
@@ -61,5 +61,7 @@ class _LogLines:
 
 def training_words(metrics: dict[str, float]) -> str:
     """`1,234 samples/s  loss v2 3.21  v1 0.98`: the new head's loss first, then the parents'."""
+    if not metrics:
+        return "workers are up"
     losses = [f"{key.removeprefix('loss/')} {value:.3f}" for key, value in metrics.items() if key.startswith("loss/")]
-    return f"{metrics.get('samples_per_s', 0.0):,.0f} samples/s  loss {'  '.join(losses)}"
+    return f"{metrics['samples_per_s']:,.0f} samples/s  loss {'  '.join(losses)}"
