@@ -51,7 +51,6 @@ class TrackingConfig(Config):
         description="MLflow's tracking URI: http(s)://HOST, sqlite:////ABSOLUTE/PATH or another database. "
         "Left out: the environment's MLFLOW_TRACKING_URI, else a sqlite file under the home, HOME/mlflow/mlflow.db.",
     )
-    log_every: int = Field(default=20, ge=1, description="Steps between two records of the training metrics.")
 
 
 def tracking_location(config: TrackingConfig, home: Path) -> tuple[str, Path | None]:

@@ -91,9 +91,8 @@ def train_with_bars(plans: Sequence[Plan], clock: Clock) -> None:
     """Train on the cluster, a bar for each generation; the workers' start counts with the first."""
     cluster.connect()
     steps = {plan.record.name: plan.config.generations[plan.record.name].training.steps for plan in plans}
-    with ExitStack() as stack:
+    with ExitStack() as current:  # the bar and the clock of the generation in training
         shown: dict[str, Callable[[int, str], None]] = {}
-        current = stack.enter_context(ExitStack())
 
         def on_progress(name: str, step: int, metrics: dict[str, float]) -> None:
             if name not in shown:

@@ -55,11 +55,6 @@ class MarginConfig(Config):
         """Whether features and prototypes are scaled to length 1 before their product."""
         return self.name != "softmax"
 
-    @property
-    def inference(self) -> MarginConfig:
-        """The same logits without the margin, as a frozen classifier scores a sample."""
-        return self if not self.normalised else MarginConfig(name="norm_softmax", scale=self.scale)
-
 
 def apply_margin(cosine_B: Tensor, margin: MarginConfig) -> tuple[Tensor, Tensor]:
     """Logit of the sample's own identity and its derivative.
