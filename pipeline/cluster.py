@@ -143,6 +143,7 @@ def _train_one(plan: Plan, board: Any) -> None:
         generation.margin,
         generation.compat,
         generation.training,
+        generation.classifier,
         plan.record.config_digest,
         generation.seed,
         device,

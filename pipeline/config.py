@@ -25,6 +25,7 @@ from pipeline.data.typefaces import TypefaceConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compatibility import EvaluationConfig
 from pipeline.model.backbones import BackboneConfig
+from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.margins import MarginConfig
 from pipeline.registry_store import TrackingConfig
 from pipeline.schema import Config
@@ -75,6 +76,7 @@ class GenerationConfig(Config):
     backbone: BackboneConfig = BackboneConfig()
     margin: MarginConfig = MarginConfig(name="cosface", scale=20.0, m3=0.2)
     compat: CompatConfig = CompatConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
     seed: int = Field(0, ge=0, lt=2**31, description="of initial weights, order and augmentation")
@@ -83,6 +85,8 @@ class GenerationConfig(Config):
     def _parents_fit_the_method(self) -> Self:
         if self.parents and self.compat.method == "independent":
             raise ValueError("compat.method 'independent' takes no parents; remove them or choose 'bct'")
+        if self.classifier.start not in (None, *self.parents):
+            raise ValueError(f"classifier.start {self.classifier.start!r} is none of the generation's parents")
         return self
 
 

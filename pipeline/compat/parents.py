@@ -8,14 +8,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from pipeline.generation import Generation
-from pipeline.identities import IdentityTable, align
+from pipeline.identities import Alignment, IdentityTable, align
 from pipeline.model.heads import Head
+from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import row_range
 from pipeline.schema import Config
 
 Rows = npt.NDArray[np.int64]
+LENGTH_ROWS = 4096  # prototypes of a parent whose mean length stands for all
 
 
 class CompatConfig(Config):
@@ -29,7 +32,7 @@ class CompatConfig(Config):
     weight: float = Field(1.0, ge=0, description="lambda, the factor on each parent's influence loss")
 
 
-def parent_part(old: IdentityTable, new: IdentityTable, rank: int, world_size: int) -> tuple[Rows, Rows]:
+def parent_part(old: IdentityTable, new: IdentityTable, mesh: ClassMesh) -> tuple[Rows, Rows]:
     """Which rows of the parent's classifier a rank holds, and the new row of each.
 
     The old prototype of an identity lies on the rank that holds its new row. Identities that are gone stay as
@@ -39,19 +42,41 @@ def parent_part(old: IdentityTable, new: IdentityTable, rank: int, world_size: i
         (K,) int64 rows of the parent's table, and (K,) int64 rows of the new one, ascending.
     """
     alignment = align(old, new)
-    start, stop = row_range(len(new), rank, world_size)
-    kept = alignment.kept
-    new_rows = alignment.new_rows[kept]
-    inside = (new_rows >= start) & (new_rows < stop)
-    first, last = row_range(len(alignment.gone), rank, world_size)
+    kept, new_rows = _kept(alignment, len(new), mesh)
+    first, last = row_range(len(alignment.gone), mesh.shard, mesh.shards)
     return (
-        np.concatenate([kept[inside], alignment.gone[first:last]]),
-        np.concatenate([new_rows[inside], len(new) + np.arange(first, last, dtype=np.int64)]),
+        np.concatenate([kept, alignment.gone[first:last]]),
+        np.concatenate([new_rows, len(new) + np.arange(first, last, dtype=np.int64)]),
     )
 
 
-def load_parent_head(parent: Generation, new: IdentityTable, rank: int, world_size: int) -> Head:
+def load_parent_head(parent: Generation, new: IdentityTable, mesh: ClassMesh, device: torch.device) -> Head:
     """Read a rank's part of a parent's classifier from its artefact; no rank ever holds the whole of it."""
-    old_rows, new_rows = parent_part(parent.identities(), new, rank, world_size)
-    weight_CD = parent.read_classifier_rows(old_rows)
-    return Head(parent.record.name, weight_CD, torch.from_numpy(new_rows), parent.record.margin)
+    old_rows, new_rows = parent_part(parent.identities(), new, mesh)
+    weight_CD = parent.read_classifier_rows(old_rows).to(device)
+    return Head(parent.record.name, weight_CD, torch.from_numpy(new_rows).to(device), parent.record.margin)
+
+
+def start_from(weight_CD: Tensor, parent: Generation, new: IdentityTable, mesh: ClassMesh) -> None:
+    """Let a rank's new prototypes start where the parent's stand, in place.
+
+    Identities that the parent did not know keep their fresh prototype, at the length of the parent's: the length
+    sets how fast a normalised prototype turns. A larger new dimension gets the parent's values first; of a smaller one
+    they are cut off.
+    """
+    kept, new_rows = _kept(align(parent.identities(), new), len(new), mesh)
+    first_row, _ = row_range(len(new), mesh.shard, mesh.shards)
+    some = np.arange(min(parent.record.identities, LENGTH_ROWS), dtype=np.int64)  # the same on every rank
+    length = parent.read_classifier_rows(some).norm(dim=1).mean()
+    weight_CD.mul_(length.to(weight_CD.device) / weight_CD.norm(dim=1, keepdim=True))
+    dim = min(weight_CD.shape[1], parent.record.backbone.embedding_dim)
+    places = torch.from_numpy(new_rows - first_row).to(weight_CD.device)
+    weight_CD[places, :dim] = parent.read_classifier_rows(kept)[:, :dim].to(weight_CD.device)
+
+
+def _kept(alignment: Alignment, rows: int, mesh: ClassMesh) -> tuple[Rows, Rows]:
+    """Old rows of the identities whose new row is this rank's, and those new rows, ascending."""
+    start, stop = row_range(rows, mesh.shard, mesh.shards)
+    new_rows = alignment.new_rows[alignment.kept]
+    inside = (new_rows >= start) & (new_rows < stop)
+    return alignment.kept[inside], new_rows[inside]

@@ -1,8 +1,8 @@
-"""One classifier head on one rank: its prototypes, and its part of the softmax, tile by tile.
+"""One classifier head on one rank: its prototypes, a batch as it sees it, and what the ranks join.
 
-A head never sees the whole table. It scores the gathered batch against the prototypes that this rank holds,
-`TILE_ROWS` at a time, and keeps three numbers a sample; in backward the same tiles are computed again. The
-B x C logits exist nowhere.
+With u_b the unit feature, w_c the unit prototype, s the scale and y the sample's own identity, the logits are
+l_bc = s u_b.w_c for c != y and l_by = margin(u_b.w_y). The own identity is scored apart, so that what runs over
+millions of prototypes knows no margin. `docs/classifier.md` derives the whole.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from pipeline.model.margins import MarginConfig, apply_margin
 
-TILE_ROWS = 8192
 NOT_HERE = -1  # column of a sample whose own prototype is on another rank, or nowhere
 TINY = 1e-12  # smallest length that is divided by
+# Cosines times a scale up to this one need no running maximum: exp(64) times a billion prototypes is a float32.
+SAFE_SCALE = 64.0
 
-# Columns of a head's statistics: running maximum, sum of exponentials below it, logit of the own identity.
+# What ranks exchange of a sample: maximum of its logits, sum of exponentials below it, logit of the own identity.
 MAXIMUM, SUM_EXP, OWN_LOGIT = range(3)
 STATISTICS = 3
 
@@ -29,7 +30,7 @@ class Head:
 
     Attributes:
         name: of the generation; the key of its loss.
-        weight_CD: (C, D) this rank's prototypes. Those of a parent need no gradient.
+        weight_CD: (C, D) this rank's prototypes.
         rows_C: (C,) int64, ascending: the row of each prototype in the new identity table. A parent's identity
             that is gone has a row past the table's end, so that no label finds it and it stays a negative.
         margin: normalisation, scale and margin of this classifier's own convention.
@@ -47,21 +48,30 @@ class Head:
         column_B = torch.searchsorted(self.rows_C, labels_B).clamp_max(len(self.rows_C) - 1)
         return torch.where(self.rows_C[column_B] == labels_B, column_B, NOT_HERE)
 
+    def only(self, columns_K: Tensor) -> Head:
+        """The head with a copy of some of its prototypes; `columns_K` ascend."""
+        return Head(self.name, self.weight_CD[columns_K], self.rows_C[columns_K], self.margin)
 
-def unit(vectors_ND: Tensor, margin: MarginConfig) -> tuple[Tensor, Tensor]:
-    """Vectors as the head's convention takes them, and one over their length (1 where they stay as they are)."""
+    @property
+    def bounded(self) -> bool:
+        """Whether exp(logit) can neither overflow nor vanish."""
+        return self.margin.normalised and self.margin.scale <= SAFE_SCALE
+
+
+def inverse_length(vectors_ND: Tensor, margin: MarginConfig) -> Tensor:
+    """(N, 1) factor that brings each vector to how the head's convention takes it: 1 / length, or 1."""
     if not margin.normalised:
-        return vectors_ND, vectors_ND.new_ones(len(vectors_ND), 1)
-    inverse_N1 = vectors_ND.norm(dim=1, keepdim=True).clamp_min(TINY).reciprocal()
-    return vectors_ND * inverse_N1, inverse_N1
+        return vectors_ND.new_ones(len(vectors_ND), 1)
+    length_N1: Tensor = torch.linalg.vector_norm(vectors_ND, dim=1, keepdim=True)
+    return length_N1.clamp_min_(TINY).reciprocal_()
 
 
-def through_unit(gradient_ND: Tensor, unit_ND: Tensor, inverse_N1: Tensor, margin: MarginConfig) -> Tensor:
-    """Gradient with respect to the vectors, from that with respect to the vectors as `unit` gave them."""
+def through_unit_(gradient_ND: Tensor, unit_ND: Tensor, inverse_N1: Tensor, margin: MarginConfig) -> Tensor:
+    """Turn, in place, the gradient with respect to unit vectors into that with respect to the vectors themselves."""
     if not margin.normalised:
         return gradient_ND
-    along_N1 = (gradient_ND * unit_ND).sum(dim=1, keepdim=True)
-    return (gradient_ND - unit_ND * along_N1) * inverse_N1
+    along_N1 = torch.linalg.vecdot(gradient_ND, unit_ND).unsqueeze(1)
+    return gradient_ND.addcmul_(unit_ND, along_N1, value=-1).mul_(inverse_N1)
 
 
 @dataclass(frozen=True)
@@ -69,89 +79,85 @@ class HeadBatch:
     """The gathered batch as one head sees it.
 
     A larger new dimension is compared by its leading slice, renormalised (Shen et al. 2020, section 3.4).
+
+    Attributes:
+        unit_BD: features as the head's convention takes them; `inverse_B1` the factor that made them so.
+        column_B: place of the own prototype among this rank's, or NOT_HERE.
+        here_M: samples whose own prototype is here, and of each
+        own_MD: the own prototype, as the convention takes it,
+        own_logit_M: its logit, margin and scale included,
+        own_slope_M: d own logit / d cosine.
     """
 
     head: Head
-    features_BD: Tensor  # as the head's convention takes them
-    inverse_B1: Tensor  # one over their length
+    unit_BD: Tensor
+    inverse_B1: Tensor
     column_B: Tensor
-    own_logit_B: Tensor  # minus infinity where the own prototype is not here
-    own_slope_B: Tensor  # d own logit / d cosine
+    here_M: Tensor
+    own_MD: Tensor
+    own_logit_M: Tensor
+    own_slope_M: Tensor
 
     @classmethod
     def of(cls, head: Head, features_BD: Tensor, labels_B: Tensor) -> HeadBatch:
         """Find the samples whose own prototype is here and score them with the margin."""
-        unit_BD, inverse_B1 = unit(features_BD[:, : head.weight_CD.shape[1]], head.margin)
+        features_BD = features_BD[:, : head.weight_CD.shape[1]]
+        inverse_B1 = inverse_length(features_BD, head.margin)
+        unit_BD = features_BD * inverse_B1
         column_B = head.columns_of(labels_B)
         here_M = torch.nonzero(column_B != NOT_HERE).flatten()
-        own_MD, _ = unit(head.weight_CD[column_B[here_M]], head.margin)
+        own_MD = head.weight_CD[column_B[here_M]]
+        own_MD = own_MD * inverse_length(own_MD, head.margin)
         logit_M, slope_M = apply_margin((unit_BD[here_M] * own_MD).sum(dim=1), head.margin)
-        logit_B = unit_BD.new_full((len(unit_BD),), -torch.inf).index_copy(0, here_M, logit_M)
-        slope_B = unit_BD.new_zeros(len(unit_BD)).index_copy(0, here_M, slope_M)
-        return cls(head, unit_BD, inverse_B1, column_B, logit_B, slope_B)
+        return cls(head, unit_BD, inverse_B1, column_B, here_M, own_MD, logit_M, slope_M)
 
-    def tiles(self) -> range:
-        """First column of each tile."""
-        return range(0, len(self.head.weight_CD), TILE_ROWS)
-
-    def own_in_tile(self, first: int) -> tuple[Tensor, Tensor]:
-        """Samples whose own prototype is in the tile, and their columns within it."""
-        sample_M = torch.nonzero((self.column_B >= first) & (self.column_B < first + TILE_ROWS)).flatten()
-        return sample_M, self.column_B[sample_M] - first
-
-    def tile_logits(self, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T) logits of a tile with the margin in place, its (T, D) unit prototypes and their inverse lengths."""
-        unit_TD, inverse_T1 = unit(self.head.weight_CD[first : first + TILE_ROWS], self.head.margin)
-        logits_BT = (self.features_BD @ unit_TD.T).mul_(self.head.margin.scale)
-        sample_M, column_M = self.own_in_tile(first)
-        logits_BT[sample_M, column_M] = self.own_logit_B[sample_M]
-        return logits_BT, unit_TD, inverse_T1
+    def own_error(self, log_sum_exp_B: Tensor) -> Tensor:
+        """(M,) d loss / d cosine of the own identity: (probability - 1) times the margin's slope."""
+        return torch.expm1(self.own_logit_M - log_sum_exp_B[self.here_M]) * self.own_slope_M
 
 
-def statistics(batch: HeadBatch) -> Tensor:
-    """(B, STATISTICS) of this rank's prototypes, by an online softmax over its tiles."""
-    maximum_B = batch.features_BD.new_full((len(batch.features_BD),), -torch.inf)
-    sum_B = torch.zeros_like(maximum_B)
-    for first in batch.tiles():
-        logits_BT, _, _ = batch.tile_logits(first)
-        higher_B = torch.maximum(maximum_B, logits_BT.amax(dim=1))
-        sum_B = sum_B * torch.exp(maximum_B - higher_B) + torch.exp(logits_BT - higher_B[:, None]).sum(dim=1)
-        maximum_B = higher_B
-    return torch.stack([maximum_B, sum_B, batch.own_logit_B], dim=1)
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over this rank's prototypes says of a batch, the own identities left out.
+
+    Attributes:
+        maximum_B: what was taken off the logits before their exponential.
+        sum_B: sum of exp(logit - maximum).
+        pull_BD: sum of exp(logit - maximum) * prototype: the feature gradient but for its factors.
+        inverse_C1: the factor of each prototype, for the second pass.
+    """
+
+    maximum_B: Tensor
+    sum_B: Tensor
+    pull_BD: Tensor
+    inverse_C1: Tensor
 
 
-def combine(statistics_WBS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(batch: HeadBatch, scan: Scan) -> Tensor:
+    """(B, STATISTICS) of this rank; the own logit is minus infinity where the own prototype is not here."""
+    own_B = torch.full_like(scan.sum_B, -torch.inf).index_copy(0, batch.here_M, batch.own_logit_M)
+    return torch.stack([scan.maximum_B, scan.sum_B, own_B], dim=1)
+
+
+def combine(statistics_WHBS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Join the statistics of all ranks.
 
     Returns:
-        (B,) log-sum-exp over the whole classifier, (B,) logit of the own identity, and (B,) bool, whether the
-        identity has a prototype in this classifier at all. A NaN stays one: it must not pass for "no prototype".
+        (H, B) log-sum-exp over the whole classifier, logit of the own identity, and bool, whether the identity has a
+        prototype in that classifier at all. A NaN stays one: it must not pass for "no prototype".
     """
-    maximum_B = statistics_WBS[..., MAXIMUM].amax(dim=0)
-    sum_B = (statistics_WBS[..., SUM_EXP] * torch.exp(statistics_WBS[..., MAXIMUM] - maximum_B)).sum(dim=0)
-    own_B = statistics_WBS[..., OWN_LOGIT].amax(dim=0)
-    return maximum_B + torch.log(sum_B), own_B, own_B != -torch.inf
+    own_HB = statistics_WHBS[..., OWN_LOGIT].amax(dim=0)
+    maximum_HB = torch.maximum(statistics_WHBS[..., MAXIMUM].amax(dim=0), own_HB)
+    sum_HB = (statistics_WHBS[..., SUM_EXP] * torch.exp(statistics_WHBS[..., MAXIMUM] - maximum_HB)).sum(dim=0)
+    sum_HB = sum_HB + torch.exp(own_HB - maximum_HB)
+    smallest = torch.finfo(sum_HB.dtype).tiny  # a head without any prototype has no sum
+    return maximum_HB + torch.log(sum_HB.clamp_min(smallest)), own_HB, own_HB != -torch.inf
 
 
-def gradients(batch: HeadBatch, log_sum_exp_B: Tensor, weight_of_sample_B: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of sum_b weight_b * (log_sum_exp_b - own_logit_b) by this rank's prototypes.
-
-    Returns:
-        (B, D_head) this rank's share of the feature gradient, to be summed over ranks, and the (C, D_head)
-        gradient of its own prototypes, None for a frozen head.
-    """
-    head = batch.head
-    feature_gradient_BD = torch.zeros_like(batch.features_BD)
-    weight_gradient_CD = torch.empty_like(head.weight_CD) if head.weight_CD.requires_grad else None
-    for first in batch.tiles():
-        logits_BT, unit_TD, inverse_T1 = batch.tile_logits(first)
-        share_BT = torch.exp(logits_BT.sub_(log_sum_exp_B[:, None])).mul_(weight_of_sample_B[:, None])
-        sample_M, column_M = batch.own_in_tile(first)
-        own_M = (share_BT[sample_M, column_M] - weight_of_sample_B[sample_M]) * batch.own_slope_B[sample_M]
-        gradient_BT = share_BT.mul_(head.margin.scale)
-        gradient_BT[sample_M, column_M] = own_M
-        feature_gradient_BD.addmm_(gradient_BT, unit_TD)
-        if weight_gradient_CD is not None:
-            tile_TD = gradient_BT.T @ batch.features_BD
-            weight_gradient_CD[first : first + TILE_ROWS] = through_unit(tile_TD, unit_TD, inverse_T1, head.margin)
-    return through_unit(feature_gradient_BD, batch.features_BD, batch.inverse_B1, head.margin), weight_gradient_CD
+def feature_gradient(batch: HeadBatch, scan: Scan, log_sum_exp_B: Tensor, weight_B: Tensor) -> Tensor:
+    """(B, D) gradient of sum_b weight_b * (log_sum_exp_b - own_logit_b): this rank's share, to be summed over ranks."""
+    share_B = torch.exp(scan.maximum_B - log_sum_exp_B) * weight_B * batch.head.margin.scale
+    gradient_BD = scan.pull_BD * share_B[:, None]
+    own_M = batch.own_error(log_sum_exp_B) * weight_B[batch.here_M]
+    gradient_BD.index_add_(0, batch.here_M, batch.own_MD * own_M[:, None])
+    return through_unit_(gradient_BD, batch.unit_BD, batch.inverse_B1, batch.head.margin)

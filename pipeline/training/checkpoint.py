@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.files import write_json
 from pipeline.model.classifier import ShardedClassifier
+from pipeline.training.row_optimiser import RowOptimiser
 
 META = "checkpoint.json"
 
@@ -58,27 +58,19 @@ def load(path: Path, state: dict[str, Any]) -> int:
     return step
 
 
-def rows_state(classifier: ShardedClassifier, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The classifier's rows and their optimiser state, each as this rank's range of one (rows, dim) tensor."""
-    mesh = init_device_mesh(classifier.weight_CD.device.type, (classifier.world_size,))
-    parts = {"weight": classifier.weight_CD.data, **_row_slots(classifier, optimiser)}
-    shape = torch.Size((classifier.rows, classifier.weight_CD.shape[1]))
+def rows_state(classifier: ShardedClassifier, optimiser: RowOptimiser) -> dict[str, Tensor]:
+    """The classifier's rows and their optimiser state, each as this rank's range of one (rows, n) tensor."""
+    grid = classifier.mesh.grid
+    assert grid is not None, "checkpoints are written by a process group"
+    parts = {"weight": classifier.weight_CD, **optimiser.slots}
     return {
-        name: DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1))
+        name: DTensor.from_local(
+            part,
+            grid,
+            [Replicate(), Shard(0)],
+            run_check=False,
+            shape=torch.Size((classifier.rows, part.shape[1])),
+            stride=(part.shape[1], 1),
+        )
         for name, part in parts.items()
     }
-
-
-def _row_slots(classifier: ShardedClassifier, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = optimiser.state[classifier.weight_CD]
-    keys = ("exp_avg", "exp_avg_sq") if isinstance(optimiser, torch.optim.AdamW) else ("momentum_buffer",)
-    for key in keys:
-        if state.get(key) is None:
-            state[key] = torch.zeros_like(classifier.weight_CD)
-    return {key: state[key] for key in keys}
-
-
-def set_row_steps(classifier: ShardedClassifier, optimiser: torch.optim.Optimizer, step: int) -> None:
-    """AdamW counts its steps beside its moments; they are those of the run."""
-    if isinstance(optimiser, torch.optim.AdamW):
-        optimiser.state[classifier.weight_CD]["step"] = torch.tensor(float(step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
@@ -48,11 +49,16 @@ class BackboneEngine:
     """
 
     def __init__(
-        self, backbone: nn.Module, optimiser: OptimiserConfig, config: EngineConfig, samples_per_rank: int
+        self,
+        backbone: nn.Module,
+        optimiser: OptimiserConfig,
+        config: EngineConfig,
+        samples_per_rank: int,
+        accumulation: int = 1,
     ) -> None:
-        self.config, self.world_size = config, dist.get_world_size()
+        self.config, self.world_size, self.clip = config, dist.get_world_size(), optimiser.clip
         base = build_optimiser(optimiser, backbone_groups(backbone, optimiser))
-        self._engine: Any = _initialise(backbone, base, config, samples_per_rank)
+        self._engine: Any = _initialise(backbone, base, config, samples_per_rank, accumulation, optimiser.clip)
         self._base = base
         self._make_optimiser_state()
 
@@ -61,12 +67,36 @@ class BackboneEngine:
         features_bD = self._engine(images_bCHW).float()
         return cast(Tensor, _Scale.apply(features_bD, float(self.world_size)))  # type: ignore[no-untyped-call]
 
-    def step(self, loss: Tensor, rate: float) -> None:
-        """Backward through the loss, classifier rows included, and update the backbone."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch's share of the loss; after the `last` one of an update, join the ranks'.
+
+        The classifier has divided by the samples of the whole update already: DeepSpeed must not divide again.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> float:
+        """Update the backbone and return the norm of its gradient before clipping."""
         set_learning_rate(self._base, rate)
         set_learning_rate(self._engine.optimizer, rate)
-        self._engine.backward(loss)
+        norm = self._clip() if self.config.zero_stage == 0 else None
         self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def discard(self, loss: Tensor) -> None:
+        """Give up an update after some of its micro-batches, of which `loss` is one; nothing moves.
+
+        DeepSpeed throws a gradient away if it is no number, and only then.
+        """
+        self.backward(loss * math.nan, last=True)
+        if self.config.zero_stage == 0:
+            self._engine.zero_grad()
+        else:
+            self._engine.step()
+
+    def _clip(self) -> Tensor:
+        """Without ZeRO the gradients are plain, and DeepSpeed would not tell their norm."""
+        return nn.utils.clip_grad_norm_(self._engine.module.parameters(), self.clip or math.inf)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, buffers and optimiser state in full, by name: the same at any world size and ZeRO stage.
@@ -163,7 +193,14 @@ class BackboneEngine:
                 state["step"] = torch.tensor(float(step))
 
 
-def _initialise(backbone: nn.Module, optimiser: torch.optim.Optimizer, config: EngineConfig, samples: int) -> Any:
+def _initialise(
+    backbone: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    config: EngineConfig,
+    samples: int,
+    accumulation: int,
+    clip: float | None,
+) -> Any:
     device = next(backbone.parameters()).device
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     import deepspeed
@@ -178,8 +215,8 @@ def _initialise(backbone: nn.Module, optimiser: torch.optim.Optimizer, config: E
         dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": samples,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0,  # its default is 1.0, silently
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip if clip and config.zero_stage else 0.0,  # its default is 1.0, silently
             "zero_optimization": {"stage": config.zero_stage},
             "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
             "zero_allow_untested_optimizer": True,

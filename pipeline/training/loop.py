@@ -33,7 +33,7 @@ class Observer(Protocol):
     """Sees how a run goes; called on rank 0 alone, and must not block."""
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the figures after `step` updates: `loss/NAME` of each head, `samples_per_s`, `learning_rate`."""
+        """Take the figures after `step` updates: `loss/NAME` of each head, `grad_norm/*`, `samples_per_s`."""
 
 
 def train(
@@ -61,10 +61,9 @@ def train(
     watch = Watch(trainer, observer, done)
     for step in range(done, trainer.config.steps):
         batch = next(batches)
-        losses_H = trainer.losses(batch.images_BCHW, batch.labels_B, step)
-        if watch.usable(losses_H, step):
-            trainer.update(losses_H, step)
-        watch.report(step + 1, losses_H)
+        losses_H, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
+        watch.check(losses_H, step)
+        watch.report(step + 1, losses_H, norms)
         if (step + 1) % trainer.config.checkpoint_every == 0 or step + 1 == trainer.config.steps:
             trainer.save(checkpoints, step + 1)
     export(trainer, batches, destination, record, identities)
@@ -81,7 +80,8 @@ def export(
         beside.mkdir(parents=True)
     dist.barrier()
     rows = trainer.classifier
-    write_classifier_part(beside, rows.weight_CD.cpu(), rows.first_row, rows.end_row)
+    if trainer.mesh.replica == 0:
+        write_classifier_part(beside, rows.weight_CD.cpu(), rows.first_row, rows.end_row)
     dist.barrier()
     if trainer.rank == 0:
         images = next(batches).images_BCHW[:SELFTEST_IMAGES].cpu()  # of the step after the last: the same on a resume
@@ -97,23 +97,22 @@ class Watch:
         self.unusable = 0
         self.last_step, self.last_time = done, time.monotonic()
 
-    def usable(self, losses_H: Tensor, step: int) -> bool:
-        """Whether every loss is a number. Losses are global, so that all ranks answer alike: nobody steps alone.
+    def check(self, losses_H: Tensor, step: int) -> None:
+        """Count the steps on which nobody moved because a loss was no number.
 
         Raises:
             TrainingError: too many were not.
         """
         if torch.isfinite(losses_H).all():
-            return True
+            return
         self.unusable += 1
         if self.unusable > self.trainer.config.nonfinite_limit:
             raise TrainingError(
                 f"loss is not a number at step {step} and {self.unusable - 1} times before; "
                 "lower training.optimiser.learning_rate, or look at the data"
             )
-        return False
 
-    def report(self, done: int, losses_H: Tensor) -> None:
+    def report(self, done: int, losses_H: Tensor, norms: dict[str, float]) -> None:
         """Tell the observer, every `log_every` steps and at the end."""
         config = self.trainer.config
         if self.trainer.rank != 0 or (done % config.log_every and done != config.steps):
@@ -121,5 +120,5 @@ class Watch:
         now = time.monotonic()
         samples = (done - self.last_step) * config.global_batch
         figures = {f"loss/{name}": loss for name, loss in zip(self.trainer.head_names, losses_H.tolist(), strict=True)}
-        self.observer.report(done, {**figures, "samples_per_s": samples / max(now - self.last_time, 1e-9)})
+        self.observer.report(done, {**figures, **norms, "samples_per_s": samples / max(now - self.last_time, 1e-9)})
         self.last_step, self.last_time = done, now

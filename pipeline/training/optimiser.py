@@ -21,6 +21,8 @@ class OptimiserConfig(Config):
     weight_decay: float = Field(0.05, ge=0, description="of the backbone's matrices; biases and norms have none")
     classifier_weight_decay: float = Field(0.0, ge=0, description="of the classifier's rows")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    clip: float | None = Field(None, gt=0, description="largest norm of the backbone's gradient; none: unlimited")
+    classifier_clip: float | None = Field(None, gt=0, description="largest norm of the classifier's own gradient")
     warmup: float = Field(
         0.15, ge=0, lt=1, description="share of the steps over which the rate rises from 4% of its top"
     )

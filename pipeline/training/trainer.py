@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,17 +12,20 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.compat.parents import CompatConfig, load_parent_head
+from pipeline.compat.parents import CompatConfig, load_parent_head, start_from
+from pipeline.errors import ConfigError
 from pipeline.generation import Generation
 from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig, build_backbone
-from pipeline.model.classifier import ShardedClassifier
+from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.margins import MarginConfig
+from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import batch_parts
 from pipeline.schema import Config
 from pipeline.training import checkpoint
 from pipeline.training.engine import BackboneEngine, EngineConfig
-from pipeline.training.optimiser import OptimiserConfig, build_optimiser, learning_rate, set_learning_rate
+from pipeline.training.optimiser import OptimiserConfig, learning_rate
+from pipeline.training.row_optimiser import RowOptimiser, clip_rows_
 
 
 class TrainingConfig(Config):
@@ -29,6 +33,7 @@ class TrainingConfig(Config):
 
     steps: int = Field(1000, ge=1, description="updates of the weights")
     global_batch: int = Field(256, ge=2, description="samples of one update, over all ranks")
+    accumulation: int = Field(1, ge=1, description="micro-batches that an update is computed in, to save memory")
     optimiser: OptimiserConfig = OptimiserConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
@@ -56,40 +61,83 @@ class Trainer:
         margin: MarginConfig,
         compat: CompatConfig,
         training: TrainingConfig,
+        classifier: ClassifierConfig,
         config_digest: str,
         seed: int,
         device: torch.device,
     ) -> None:
         self.config, self.config_digest, self.seed, self.device = training, config_digest, seed, device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
+        self.parts = _micro_parts(training.global_batch, training.accumulation, self.mesh.ranks)
         torch.manual_seed(seed)
-        samples = batch_parts(training.global_batch, self.world_size)[self.rank]
-        self.engine = BackboneEngine(build_backbone(backbone).to(device), training.optimiser, training.engine, samples)
-        heads = [load_parent_head(parent, identities, self.rank, self.world_size) for parent in parents]
-        self.classifier = ShardedClassifier(
-            name, len(identities), backbone.embedding_dim, margin, heads, seed, dist.group.WORLD
-        ).to(device)
-        self.row_optimiser = build_optimiser(
+        self.engine = BackboneEngine(
+            build_backbone(backbone).to(device),
             training.optimiser,
-            [{"params": [self.classifier.weight_CD], "weight_decay": training.optimiser.classifier_weight_decay}],
+            training.engine,
+            self.parts[0][self.rank],
+            training.accumulation,
         )
+        heads = [load_parent_head(parent, identities, self.mesh, device) for parent in parents]
+        self.classifier = ShardedClassifier(
+            name, len(identities), backbone.embedding_dim, margin, heads, seed, self.mesh, classifier, device
+        )
+        if classifier.start is not None:
+            (start,) = (parent for parent in parents if parent.record.name == classifier.start)
+            start_from(self.classifier.weight_CD, start, identities, self.mesh)
+        self.row_optimiser = RowOptimiser(self.classifier.weight_CD, training.optimiser)
+        self.fused = _fused(classifier, training, self.mesh)
         self.weight_H = torch.tensor([1.0, *(compat.weight for _ in heads)], device=device)
         self.head_names = [head.name for head in self.classifier.heads]
 
-    def losses(self, images_bCHW: Tensor, labels_b: Tensor, step: int) -> Tensor:
-        """(heads,) losses of the global batch: the new classifier's, then each parent's influence loss."""
-        torch.manual_seed(_stream(self.seed, step, self.rank))  # dropout needs no state to be resumed
-        features_bD = self.engine.features(images_bCHW)
-        losses_H: Tensor = self.classifier(features_bD, labels_b, self.config.global_batch)
-        return losses_H
+    def step(self, images_bCHW: Tensor, labels_b: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        """One update on L = L_new + lambda * sum of influence losses (Shen et al. 2020, Eq. 8).
 
-    def update(self, losses_H: Tensor, step: int) -> None:
-        """One step of both optimisers on L = L_new + lambda * sum of influence losses (Shen et al. 2020, Eq. 8)."""
+        If a loss is no number, nothing moves. Losses are global, so that all ranks answer alike.
+
+        Args:
+            images_bCHW: this rank's part of the global batch.
+            labels_b: (b,) rows of the identity table.
+            step: updates done before; it sets the learning rate, dropout and the sampled prototypes.
+
+        Returns:
+            (heads,) losses of the global batch: the new classifier's, then each parent's influence loss; and the
+            norms of the gradients, as far as they are known.
+        """
+        window = None
+        if self.config.accumulation > 1:
+            window = self.classifier.window(labels_b, [sum(parts) for parts in zip(*self.parts, strict=True)], step)
+        if self.fused:
+            rate = learning_rate(self.config.optimiser, step, self.config.steps)
+            self.classifier.update = partial(self.row_optimiser.apply, rate=rate)
+        total_H, sizes = torch.zeros_like(self.weight_H), [parts[self.rank] for parts in self.parts]
+        for micro, (images, labels) in enumerate(zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)):
+            torch.manual_seed(_stream(self.seed, step, self.rank, micro))  # dropout needs no state to be resumed
+            losses_H = self.classifier(self.engine.features(images), labels, self.parts[micro], step, window)
+            total_H += losses_H.detach()
+            loss = (losses_H * self.weight_H).sum()
+            if not torch.isfinite(total_H).all():
+                self._discard(loss, begun=micro > 0)
+                return total_H, {}
+            self.engine.backward(loss, last=micro == len(sizes) - 1)
+        return total_H, self._update(step)
+
+    def _update(self, step: int) -> dict[str, float]:
+        """Move the backbone and the prototypes, each clipped by its own norm."""
         rate = learning_rate(self.config.optimiser, step, self.config.steps)
-        self.row_optimiser.zero_grad(set_to_none=True)
-        self.engine.step((losses_H * self.weight_H).sum(), rate)
-        set_learning_rate(self.row_optimiser, rate)
-        self.row_optimiser.step()
+        norms = {"grad_norm/backbone": self.engine.step(rate)}
+        if not self.fused:
+            gradient_KD = self.classifier.gradient.total(self.mesh.replica_group)
+            if (largest := self.config.optimiser.classifier_clip) is not None:
+                norms["grad_norm/classifier"] = clip_rows_(gradient_KD, largest, self.mesh.shard_group)
+            self.row_optimiser.step(self.classifier.gradient.columns, gradient_KD, rate)
+            self.classifier.gradient.clear()
+        return norms
+
+    def _discard(self, loss: Tensor, begun: bool) -> None:
+        if begun:
+            self.engine.discard(loss)
+        self.classifier.gradient.clear()
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint after `step` updates. Collective."""
@@ -103,7 +151,6 @@ class Trainer:
         state = self._state()
         step = checkpoint.load(found, state)
         self.engine.load_state(state["backbone"], step)
-        checkpoint.set_row_steps(self.classifier, self.row_optimiser, step)
         return step
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
@@ -113,5 +160,40 @@ class Trainer:
         }
 
 
-def _stream(seed: int, step: int, rank: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7])
+def _micro_parts(global_batch: int, accumulation: int, ranks: int) -> list[list[int]]:
+    """Samples of each rank in each micro-batch of an update.
+
+    Raises:
+        ConfigError: some would have none.
+    """
+    if global_batch < accumulation * ranks:
+        raise ConfigError(
+            f"training.global_batch={global_batch} leaves nothing for some of {ranks} processes in "
+            f"{accumulation} micro-batches; raise it, or lower training.accumulation or cluster.workers"
+        )
+    by_rank = [batch_parts(part, accumulation) for part in batch_parts(global_batch, ranks)]
+    return [list(parts) for parts in zip(*by_rank, strict=True)]
+
+
+def _fused(classifier: ClassifierConfig, training: TrainingConfig, mesh: ClassMesh) -> bool:
+    """Whether prototypes are updated tile by tile in backward.
+
+    Raises:
+        ConfigError: the config asks for it beside what needs their whole gradient.
+    """
+    reasons = {
+        "training.optimiser.classifier_clip": training.optimiser.classifier_clip is not None,
+        "training.accumulation above 1": training.accumulation > 1,
+        "classifier.shard_ranks below the number of processes": mesh.replicas > 1,
+    }
+    standing = [name for name, stands in reasons.items() if stands]
+    if classifier.fused_update and standing:
+        raise ConfigError(
+            f"classifier.fused_update spends each tile's gradient at once, but {standing[0]} needs the whole; "
+            "remove one of the two"
+        )
+    return not standing if classifier.fused_update is None else classifier.fused_update
+
+
+def _stream(seed: int, step: int, rank: int, micro: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}/{micro}".encode()).digest()[:7])

@@ -18,8 +18,9 @@ from pipeline.errors import TrainingError
 from pipeline.generation import Generation, GenerationRecord
 from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig
-from pipeline.model.classifier import ShardedClassifier
+from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.margins import MarginConfig
+from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import batch_parts, initial_rows
 from pipeline.training.engine import BackboneEngine, EngineConfig
 from pipeline.training.loop import train
@@ -86,13 +87,14 @@ def engine_steps(rank: int, world_size: int, stage: int, optimiser: OptimiserCon
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
     engine = BackboneEngine(backbone, optimiser, EngineConfig(zero_stage=stage), 6)
-    classifier = ShardedClassifier("new", len(TABLE), 4, MARGIN, group=torch.distributed.group.WORLD)
+    classifier = ShardedClassifier("new", len(TABLE), 4, MARGIN, mesh=ClassMesh.of_world("cpu"))
     parts = batch_parts(7, world_size)
     mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
     for step in range(4):
         torch.manual_seed(step)
         images, labels = torch.randn(7, 5), torch.randint(len(TABLE), (7,))
-        engine.step(classifier(engine.features(images[mine]), labels[mine], 7).sum(), 0.05)
+        engine.backward(classifier(engine.features(images[mine]), labels[mine], parts).sum(), last=True)
+        engine.step(0.05)
     state = engine.state()
     names = [name for name in state if name.startswith("weight.")]
     return torch.cat([state[name].flatten() for name in names]).tolist()
@@ -130,7 +132,7 @@ def run_training(
 ) -> list[tuple[int, dict[str, float]]]:
     """Train to the end, or be cut off in front of step `stop_after`."""
     home = Path(folder)
-    arguments = (TABLE, _parents(home), BACKBONE, MARGIN, CompatConfig(weight=0.5), config, "digest", 3)
+    arguments = (TABLE, _parents(home), BACKBONE, MARGIN, CompatConfig(weight=0.5), config, ClassifierConfig(), "digest", 3)
     trainer = Trainer("v2", *arguments, device=torch.device("cpu"))
     notes = Notes([])
 
@@ -155,9 +157,8 @@ def make_parent(rank: int, world_size: int, folder: str) -> None:
     """A trained generation over another table: not a prefix, another order, one identity gone."""
     table = IdentityTable(("id7", "gone", "id2", "id9"))
     config = TrainingConfig(steps=2, global_batch=6, optimiser=SGD, engine=EngineConfig(zero_stage=0))
-    trainer = Trainer(
-        "v1", table, [], BACKBONE, MARGIN, CompatConfig(), config, "digest", 1, device=torch.device("cpu")
-    )
+    arguments = (BACKBONE, MARGIN, CompatConfig(), config, ClassifierConfig(), "digest", 1)
+    trainer = Trainer("v1", table, [], *arguments, device=torch.device("cpu"))
     labelled = (Batch(b.images_BCHW, b.labels_B % 4) for b in batches(0, 6, rank, world_size))
     home = Path(folder)
     described = record(config).model_copy(update={"identities": len(table)})
@@ -208,11 +209,11 @@ def test_checkpoint_of_two_ranks_resumes_on_three(tmp_path: Path) -> None:
 
 def rows_after_resume(_rank: int, _world_size: int, folder: str) -> Any:
     parents: list[Generation] = []
-    arguments = (TABLE, parents, BACKBONE, MARGIN, CompatConfig(), CONFIG, "digest", 3)
+    arguments = (TABLE, parents, BACKBONE, MARGIN, CompatConfig(), CONFIG, ClassifierConfig(), "digest", 3)
     trainer = Trainer("v2", *arguments, device=torch.device("cpu"))
     step = trainer.restore(Path(folder) / "checkpoints")
-    state = trainer.row_optimiser.state[trainer.classifier.weight_CD]
-    return step, trainer.classifier.weight_CD.detach().tolist(), state["exp_avg"].tolist(), float(state["step"])
+    slots = trainer.row_optimiser.slots
+    return step, trainer.classifier.weight_CD.tolist(), slots["exp_avg"].tolist(), slots["steps"].tolist()
 
 
 def test_rows_and_moments_are_the_same_at_every_world_size(tmp_path: Path) -> None:
@@ -220,10 +221,10 @@ def test_rows_and_moments_are_the_same_at_every_world_size(tmp_path: Path) -> No
     per_world: list[tuple[Any, ...]] = []
     for world_size in (1, 2, 3, 4):
         results = run_ranks(world_size, rows_after_resume, str(tmp_path))
-        assert {(result[0], result[3]) for result in results} == {(3, 3.0)}
-        per_world.append(tuple([row for result in results for row in result[part]] for part in (1, 2)))
+        assert {result[0] for result in results} == {3}
+        per_world.append(tuple([row for result in results for row in result[part]] for part in (1, 2, 3)))
     assert all(result == per_world[0] for result in per_world)
-    assert len(per_world[0][0]) == len(TABLE)
+    assert per_world[0][2] == [[3.0]] * len(TABLE)
 
 
 def test_loss_that_is_no_number_moves_nobody_and_ends_the_run(tmp_path: Path) -> None:
