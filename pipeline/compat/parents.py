@@ -32,7 +32,7 @@ class CompatConfig(Config):
     weight: float = Field(1.0, ge=0, description="lambda, the factor on each parent's influence loss")
 
 
-def parent_part(old: IdentityTable, new: IdentityTable, mesh: ClassMesh) -> tuple[Rows, Rows]:
+def parent_part(old: IdentityTable, new: IdentityTable, shard: int, shards: int) -> tuple[Rows, Rows]:
     """Which rows of the parent's classifier a rank holds, and the new row of each.
 
     The old prototype of an identity lies on the rank that holds its new row. Identities that are gone stay as
@@ -42,8 +42,8 @@ def parent_part(old: IdentityTable, new: IdentityTable, mesh: ClassMesh) -> tupl
         (K,) int64 rows of the parent's table, and (K,) int64 rows of the new one, ascending.
     """
     alignment = align(old, new)
-    kept, new_rows = _kept(alignment, len(new), mesh)
-    first, last = row_range(len(alignment.gone), mesh.shard, mesh.shards)
+    kept, new_rows = _kept(alignment, len(new), shard, shards)
+    first, last = row_range(len(alignment.gone), shard, shards)
     return (
         np.concatenate([kept, alignment.gone[first:last]]),
         np.concatenate([new_rows, len(new) + np.arange(first, last, dtype=np.int64)]),
@@ -52,7 +52,7 @@ def parent_part(old: IdentityTable, new: IdentityTable, mesh: ClassMesh) -> tupl
 
 def load_parent_head(parent: Generation, new: IdentityTable, mesh: ClassMesh, device: torch.device) -> Head:
     """Read a rank's part of a parent's classifier from its artefact; no rank ever holds the whole of it."""
-    old_rows, new_rows = parent_part(parent.identities(), new, mesh)
+    old_rows, new_rows = parent_part(parent.identities(), new, mesh.shard, mesh.shards)
     weight_CD = parent.read_classifier_rows(old_rows).to(device)
     return Head(parent.record.name, weight_CD, torch.from_numpy(new_rows).to(device), parent.record.margin)
 
@@ -64,7 +64,7 @@ def start_from(weight_CD: Tensor, parent: Generation, new: IdentityTable, mesh: 
     sets how fast a normalised prototype turns. A larger new dimension gets the parent's values first; of a smaller one
     they are cut off.
     """
-    kept, new_rows = _kept(align(parent.identities(), new), len(new), mesh)
+    kept, new_rows = _kept(align(parent.identities(), new), len(new), mesh.shard, mesh.shards)
     first_row, _ = row_range(len(new), mesh.shard, mesh.shards)
     some = np.arange(min(parent.record.identities, LENGTH_ROWS), dtype=np.int64)  # the same on every rank
     length = parent.read_classifier_rows(some).norm(dim=1).mean()
@@ -74,9 +74,9 @@ def start_from(weight_CD: Tensor, parent: Generation, new: IdentityTable, mesh: 
     weight_CD[places, :dim] = parent.read_classifier_rows(kept)[:, :dim].to(weight_CD.device)
 
 
-def _kept(alignment: Alignment, rows: int, mesh: ClassMesh) -> tuple[Rows, Rows]:
+def _kept(alignment: Alignment, rows: int, shard: int, shards: int) -> tuple[Rows, Rows]:
     """Old rows of the identities whose new row is this rank's, and those new rows, ascending."""
-    start, stop = row_range(rows, mesh.shard, mesh.shards)
+    start, stop = row_range(rows, shard, shards)
     new_rows = alignment.new_rows[alignment.kept]
     inside = (new_rows >= start) & (new_rows < stop)
     return alignment.kept[inside], new_rows[inside]

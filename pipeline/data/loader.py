@@ -124,7 +124,7 @@ class _Decoder:
         if augment.noise > 0:
             bank = torch.from_numpy(noise_bank(seed, self._pixels)).to(device)
             self._bank = bank.unfold(0, self._pixels, 1)  # a view: row i is the noise that begins at place i
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, works: Iterable[Work]) -> Iterator[tuple[Work, Tensor]]:
         """Decode batch after batch, in order; the next is on its way when one is handed out.

@@ -135,7 +135,7 @@ class ShardedClassifier:
         group_parts = self.mesh.group_parts(list(parts))
         assert len(features_bD) == len(labels_b) == group_parts[self.mesh.shard], "not this rank's part of the batch"
         losses_H: Tensor = _ShardedSoftmax.apply(  # type: ignore[no-untyped-call]
-            features_bD, labels_b, self, max(group_parts), step, window
+            features_bD, labels_b, self, max(parts), step, window
         )
         return losses_H
 
@@ -149,15 +149,17 @@ class ShardedClassifier:
         """
         self._check(labels_b)
         labels_B = collectives.gather_labels(labels_b, max(parts), self.mesh.shard_group)
-        labels_B = self._over_replicas(labels_B)
+        labels_B = self._over_replicas(labels_B, max(parts))
         count_H = torch.stack([(head.columns_of(labels_B) != NOT_HERE).sum() for head in self.heads])
         if self.mesh.shard_group is not None:
             dist.all_reduce(count_H, group=self.mesh.shard_group)
         return Window(self._select(labels_B, step), count_H)
 
-    def selection(self, labels_B: Tensor, step: int) -> Selection:
+    def selection(self, labels_B: Tensor, longest: int, step: int) -> Selection:
         """The prototypes of a step whose shard group has the samples `labels_B`. Collective if it samples."""
-        return self._select(self._over_replicas(labels_B) if self.config.sample_rate < 1 else labels_B, step)
+        if self.config.sample_rate < 1:
+            labels_B = self._over_replicas(labels_B, longest)
+        return self._select(labels_B, step)
 
     def sink(self, columns: Tensor | None, weight_KD: Tensor) -> Sink:
         """Where backward hands the gradient of the prototypes that took part."""
@@ -178,9 +180,9 @@ class ShardedClassifier:
                 columns[index], heads[index] = columns_K, head.only(columns_K)
         return Selection(tuple(heads), tuple(columns))
 
-    def _over_replicas(self, labels_B: Tensor) -> Tensor:
+    def _over_replicas(self, labels_B: Tensor, longest: int) -> Tensor:
         """Labels of every shard group, so that all replicas of a row know whether it is a positive."""
-        return collectives.gather_labels(labels_B, len(labels_B), self.mesh.replica_group)
+        return collectives.gather_labels(labels_B, longest * self.mesh.shards, self.mesh.replica_group)
 
     def _check(self, labels_b: Tensor) -> None:
         outside_K = labels_b[(labels_b < 0) | (labels_b >= self.rows)]
@@ -208,7 +210,7 @@ class _ShardedSoftmax(torch.autograd.Function):
     ) -> Tensor:
         mesh = classifier.mesh
         features_BD, labels_B = collectives.gather_batch(features_bD, labels_b, longest, mesh.shard_group)
-        selection = window.selection if window else classifier.selection(labels_B, step)
+        selection = window.selection if window else classifier.selection(labels_B, longest, step)
         batches = [HeadBatch.of(head, features_BD, labels_B) for head in selection.heads]
         scans = [classifier.implementation.scan(batch) for batch in batches]
         own_HBS = torch.stack([statistics(batch, scan) for batch, scan in zip(batches, scans, strict=True)])

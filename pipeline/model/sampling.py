@@ -21,7 +21,8 @@ def sampled(rows_C: Tensor, rate: float, seed: int, step: int) -> Tensor:
     stream = _mix(torch.tensor([seed, step]))
     key = int(_mix(stream[:1] ^ (stream[1:] << 1)))
     parts = [
-        _mix(_mix(block_N) ^ key) >> (64 - BITS) & ((1 << BITS) - 1) < limit for block_N in torch.split(rows_C, BLOCK_ROWS)
+        _mix(_mix(block_N) ^ key) >> (64 - BITS) & ((1 << BITS) - 1) < limit
+        for block_N in torch.split(rows_C, BLOCK_ROWS)
     ]
     return torch.cat(parts)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from pipeline.files import write_json
 from pipeline.model.classifier import ShardedClassifier
 from pipeline.training.row_optimiser import RowOptimiser
 
 META = "checkpoint.json"
+BLOCK_ROWS = 1 << 16  # rows of a classifier that are read as one
 
 
 def latest(folder: Path, config_digest: str) -> Path | None:
@@ -59,13 +62,16 @@ def load(path: Path, state: dict[str, Any]) -> int:
 
 
 def rows_state(classifier: ShardedClassifier, optimiser: RowOptimiser) -> dict[str, Tensor]:
-    """The classifier's rows and their optimiser state, each as this rank's range of one (rows, n) tensor."""
+    """The classifier's rows and their optimiser state, each as this rank's range of one (rows, n) tensor.
+
+    The range is cut at multiples of BLOCK_ROWS: a rank of another world size reads those blocks that hold its rows.
+    """
     grid = classifier.mesh.grid
     assert grid is not None, "checkpoints are written by a process group"
     parts = {"weight": classifier.weight_CD, **optimiser.slots}
     return {
         name: DTensor.from_local(
-            part,
+            _in_blocks(part, classifier.first_row),
             grid,
             [Replicate(), Shard(0)],
             run_check=False,
@@ -74,3 +80,11 @@ def rows_state(classifier: ShardedClassifier, optimiser: RowOptimiser) -> dict[s
         )
         for name, part in parts.items()
     }
+
+
+def _in_blocks(part: Tensor, first_row: int) -> Tensor:
+    end_row = first_row + len(part)
+    inner = range(-(-(first_row + 1) // BLOCK_ROWS) * BLOCK_ROWS, end_row, BLOCK_ROWS)
+    edges = [first_row, *inner, end_row] if len(part) else []
+    blocks = [part[start - first_row : stop - first_row] for start, stop in pairwise(edges)]
+    return LocalShardsWrapper(blocks, [(start, 0) for start in edges[:-1]])

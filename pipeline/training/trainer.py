@@ -111,7 +111,9 @@ class Trainer:
             rate = learning_rate(self.config.optimiser, step, self.config.steps)
             self.classifier.update = partial(self.row_optimiser.apply, rate=rate)
         total_H, sizes = torch.zeros_like(self.weight_H), [parts[self.rank] for parts in self.parts]
-        for micro, (images, labels) in enumerate(zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)):
+        for micro, (images, labels) in enumerate(
+            zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
+        ):
             torch.manual_seed(_stream(self.seed, step, self.rank, micro))  # dropout needs no state to be resumed
             losses_H = self.classifier(self.engine.features(images), labels, self.parts[micro], step, window)
             total_H += losses_H.detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def _collect(processes: list[Any], results: Any, world_size: int) -> list[Any]:
         rank, value, failure = results.get()
         if failure:
             raise AssertionError(f"rank {rank} failed:\n{failure}")
-        by_rank[rank] = value
+        by_rank[rank] = pickle.loads(value)
     for process in processes:
         process.join(TIMEOUT_S)
     return [by_rank[rank] for rank in range(world_size)]
@@ -60,7 +61,8 @@ def _rank(rank: int, world_size: int, folder: str, results: Any, function: Calla
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        results.put((rank, function(rank, world_size, *arguments), None))
+        value = pickle.dumps(function(rank, world_size, *arguments))  # by value: a queue would share tensors' memory
+        results.put((rank, value, None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  everything is carried to the parent and raised there

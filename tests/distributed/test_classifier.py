@@ -75,7 +75,7 @@ class Case:
         """Losses, feature gradient and weight gradient in float64 by autograd over the whole classifier."""
         features, weight = (t.double().clone().requires_grad_() for t in (self.features, self.weight))
         losses = self.dense(features, weight)
-        (losses * torch.tensor(WEIGHTS)).sum().backward()  # type: ignore[no-untyped-call]
+        (losses * torch.tensor(WEIGHTS)).sum().backward()
         assert features.grad is not None
         assert weight.grad is not None
         return losses.detach(), features.grad, weight.grad
@@ -85,7 +85,7 @@ class Case:
         mesh = ClassMesh.of_world("cpu", self.shard_ranks)
         heads = []
         for index, (table, old) in enumerate(zip(OLD_TABLES, self.parents, strict=True)):
-            old_rows, new_rows = (torch.from_numpy(rows) for rows in parent_part(table, NEW_TABLE, mesh))
+            old_rows, new_rows = (torch.from_numpy(rows) for rows in parent_part(table, NEW_TABLE, mesh.shard, mesh.shards))
             heads.append(Head(f"old{index}", old[old_rows], new_rows, self.margins[index + 1]))
         settings = ClassifierConfig.model_validate({"implementation": self.implementation, **config})
         made = ShardedClassifier("new", ROWS, DIM, self.margin, heads, mesh=mesh, config=settings)
@@ -125,12 +125,12 @@ def joined(results: list[list[dict[str, Any]]], case: int, what: str) -> Tensor:
 
 def check_equal(results: list[list[dict[str, Any]]], cases: list[Case]) -> None:
     for index, case in enumerate(cases):
-        tolerance = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
+        rtol, atol = (1e-5, 1e-5) if case.dtype == torch.float32 else (1e-9, 1e-11)
         losses, features, weight = case.expected()
         for result in results:
-            torch.testing.assert_close(torch.tensor(result[index]["losses"], dtype=torch.float64), losses, **tolerance)
-        torch.testing.assert_close(joined(results, index, "features"), features, **tolerance)
-        torch.testing.assert_close(joined(results, index, "weight"), weight, **tolerance)
+            torch.testing.assert_close(torch.tensor(result[index]["losses"], dtype=torch.float64), losses, rtol=rtol, atol=atol)
+        torch.testing.assert_close(joined(results, index, "features"), features, rtol=rtol, atol=atol)
+        torch.testing.assert_close(joined(results, index, "weight"), weight, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -194,7 +194,7 @@ def dense_twenty_steps(case: Case, config: OptimiserConfig) -> Tensor:
     for step in range(20):
         features, labels = drawn_batch(step)
         optimiser.zero_grad()
-        dense_loss(features.double(), weight, labels, case.margin).backward()  # type: ignore[no-untyped-call]
+        dense_loss(features.double(), weight, labels, case.margin).backward()
         optimiser.step()
     return weight.detach()
 

@@ -112,7 +112,7 @@ def dense_steps(optimiser: OptimiserConfig) -> list[float]:
         torch.manual_seed(step)
         images, labels = torch.randn(7, 5), torch.randint(len(TABLE), (7,))
         torch_optimiser.zero_grad()
-        dense_loss(backbone(images), weight, labels, MARGIN).backward()  # type: ignore[no-untyped-call]
+        dense_loss(backbone(images), weight, labels, MARGIN).backward()
         torch_optimiser.step()
     return torch.cat([parameter.detach().flatten() for parameter in backbone.parameters()]).tolist()
 
@@ -132,7 +132,17 @@ def run_training(
 ) -> list[tuple[int, dict[str, float]]]:
     """Train to the end, or be cut off in front of step `stop_after`."""
     home = Path(folder)
-    arguments = (TABLE, _parents(home), BACKBONE, MARGIN, CompatConfig(weight=0.5), config, ClassifierConfig(), "digest", 3)
+    arguments = (
+        TABLE,
+        _parents(home),
+        BACKBONE,
+        MARGIN,
+        CompatConfig(weight=0.5),
+        config,
+        ClassifierConfig(),
+        "digest",
+        3,
+    )
     trainer = Trainer("v2", *arguments, device=torch.device("cpu"))
     notes = Notes([])
 

@@ -51,11 +51,9 @@ def drawn(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 1, 3, 4, generator=generator), torch.randint(len(TABLE), (BATCH,), generator=generator)
 
 
-def make_trainer(
-    training: dict[str, Any], classifier: dict[str, Any] | None = None, parent: bool = True
-) -> Trainer:
+def make_trainer(training: dict[str, Any], classifier: dict[str, Any] | None = None, parent: bool = True) -> Trainer:
     """A trainer with a plain backbone and a parent that is held in memory."""
-    trainer_module.build_backbone = lambda _: plain_backbone()  # type: ignore[attr-defined]
+    trainer_module.build_backbone = lambda _: plain_backbone()  # type: ignore
     config = TrainingConfig.model_validate({"steps": STEPS, "global_batch": BATCH, **training})
     settings = ClassifierConfig.model_validate(classifier or {})
     trainer = Trainer(
@@ -97,15 +95,16 @@ def dense_updates(optimiser: OptimiserConfig) -> dict[str, Any]:
         {"params": [p], "weight_decay": optimiser.weight_decay * (p.ndim > 1)} for p in parameters
     ]
     groups.append({"params": [weight], "weight_decay": optimiser.classifier_weight_decay})
-    make = torch.optim.AdamW if optimiser.name == "adamw" else torch.optim.SGD
-    torch_optimiser = make(groups, **({} if optimiser.name == "adamw" else {"momentum": optimiser.momentum}))
+    torch_optimiser: torch.optim.Optimizer = (
+        torch.optim.AdamW(groups) if optimiser.name == "adamw" else torch.optim.SGD(groups, momentum=optimiser.momentum)
+    )
     for step in range(STEPS):
         images, labels = drawn(step)
         old_labels = torch.tensor([OLD_ROWS.tolist().index(row) if row in OLD_ROWS else -1 for row in labels])
         torch_optimiser.zero_grad()
         features = backbone(images.double())
         losses = [dense_loss(features, weight, labels, MARGIN), influence_loss(features, old, old_labels, MARGIN, 6)]
-        (losses[0] + WEIGHT * losses[1]).backward()  # type: ignore[no-untyped-call]
+        (losses[0] + WEIGHT * losses[1]).backward()
         norm = nn.utils.clip_grad_norm_(parameters, optimiser.clip or math.inf)
         row_norm = nn.utils.clip_grad_norm_([weight], optimiser.classifier_clip or math.inf)
         seen.append({"losses": [loss.item() for loss in losses], "backbone": norm.item(), "rows": row_norm.item()})
@@ -216,7 +215,9 @@ def sampled_steps(rank: int, world_size: int, runs: list[dict[str, Any]]) -> lis
     """Losses of three sampled updates, what stood still, and the rows at the end."""
     out = []
     for config in runs:
-        trainer = make_trainer({"optimiser": config.pop("optimiser"), "accumulation": config.pop("accumulation", 1)}, config)
+        trainer = make_trainer(
+            {"optimiser": config.pop("optimiser"), "accumulation": config.pop("accumulation", 1)}, config
+        )
         parts = batch_parts(BATCH, world_size)
         mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
         seen = []
@@ -228,7 +229,12 @@ def sampled_steps(rank: int, world_size: int, runs: list[dict[str, Any]]) -> lis
             moved = (trainer.classifier.weight_CD != before).any(dim=1)
             for name, slot in trainer.row_optimiser.slots.items():
                 assert torch.equal((slot != slots[name]).any(dim=1) | moved, moved), f"{name} of a row that stood still"
-            seen.append({"losses": losses.tolist(), "moved": (moved.nonzero().flatten() + trainer.classifier.first_row).tolist()})
+            seen.append(
+                {
+                    "losses": losses.tolist(),
+                    "moved": (moved.nonzero().flatten() + trainer.classifier.first_row).tolist(),
+                }
+            )
         rows = trainer.classifier.weight_CD.tolist() if trainer.mesh.replica == 0 else []
         out.append({"seen": seen, "rows": rows, "first": trainer.mesh.replica == 0})
     return out
