@@ -58,11 +58,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# After a change of pyproject.toml: resolve anew. torch's build (+cpu, +cu130) is the index's business.
+# After a change of pyproject.toml: resolve anew. torch's build (+cpu, +cu130), and with it Triton's, is the index's business.
 lock:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --editable ".[dev,npm]"
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/^\(torch==[^+]*\)+.*/\1/' >requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | sed '/^triton==/d; s/^\(torch==[^+]*\)+.*/\1/' >requirements.lock
 	@touch $(VENV)/.installed
 
 clean:

@@ -85,7 +85,9 @@ class Case:
         mesh = ClassMesh.of_world("cpu", self.shard_ranks)
         heads = []
         for index, (table, old) in enumerate(zip(OLD_TABLES, self.parents, strict=True)):
-            old_rows, new_rows = (torch.from_numpy(rows) for rows in parent_part(table, NEW_TABLE, mesh.shard, mesh.shards))
+            old_rows, new_rows = (
+                torch.from_numpy(rows) for rows in parent_part(table, NEW_TABLE, mesh.shard, mesh.shards)
+            )
             heads.append(Head(f"old{index}", old[old_rows], new_rows, self.margins[index + 1]))
         settings = ClassifierConfig.model_validate({"implementation": self.implementation, **config})
         made = ShardedClassifier("new", ROWS, DIM, self.margin, heads, mesh=mesh, config=settings)
@@ -128,7 +130,9 @@ def check_equal(results: list[list[dict[str, Any]]], cases: list[Case]) -> None:
         rtol, atol = (1e-5, 1e-5) if case.dtype == torch.float32 else (1e-9, 1e-11)
         losses, features, weight = case.expected()
         for result in results:
-            torch.testing.assert_close(torch.tensor(result[index]["losses"], dtype=torch.float64), losses, rtol=rtol, atol=atol)
+            torch.testing.assert_close(
+                torch.tensor(result[index]["losses"], dtype=torch.float64), losses, rtol=rtol, atol=atol
+            )
         torch.testing.assert_close(joined(results, index, "features"), features, rtol=rtol, atol=atol)
         torch.testing.assert_close(joined(results, index, "weight"), weight, rtol=rtol, atol=atol)
 
@@ -142,6 +146,7 @@ def test_losses_and_gradients_are_the_dense_ones(world_size: int) -> None:
         for implementation in ("dense", "blocked")
         for dtype in (torch.float64, torch.float32)
     ]
+    cases += [Case(margin, REPEATS, "triton", torch.float32) for margin in (COSFACE, NORM_SOFTMAX)]
     assert cases[4].expected()[0][1:].tolist() == [0.0, 0.0], "a batch without old identities has no influence"
     check_equal(run_ranks(world_size, one_step, cases), cases)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -44,14 +45,21 @@ def choose(name: Name, precision: Precision, device: torch.device) -> Implementa
     from pipeline.model.implementations.blocked import Blocked
     from pipeline.model.implementations.dense import Dense
 
+    there = importlib.util.find_spec("triton") is not None
     if name == "auto":
-        name = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "blocked"
+        name = "triton" if device.type == "cuda" and there else "blocked"
     if precision == "bf16" and name != "triton":
         raise ConfigError(
             f"classifier.precision 'bf16' needs the triton implementation, not {name!r} on {device.type}; take 'fp32'"
         )
-    if name == "triton":
-        from pipeline.model.implementations.triton_tiles import TritonTiles
+    if name != "triton":
+        return Dense() if name == "dense" else Blocked()
+    if not there:
+        raise ConfigError("classifier.implementation 'triton' needs the package triton: pip install triton")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "classifier.implementation 'triton' needs a GPU; take 'auto' (or, to test, TRITON_INTERPRET=1)"
+        )
+    from pipeline.model.implementations.triton_tiles import TritonTiles
 
-        return TritonTiles(torch.bfloat16 if precision == "bf16" else torch.float32)
-    return Dense() if name == "dense" else Blocked()
+    return TritonTiles(torch.bfloat16 if precision == "bf16" else torch.float32)
