@@ -106,8 +106,8 @@ class ShardedClassifier:
     @property
     def heads(self) -> tuple[Head, ...]:
         """The new head, then the parents'."""
-        own_rows = torch.arange(self.first_row, self.end_row, device=self.weight_CD.device)
-        return (Head(self.name, self.weight_CD, own_rows, self.margin), *self.parents)
+        own = Head(self.name, self.weight_CD, range(self.first_row, self.end_row), self.margin)
+        return (own, *self.parents)
 
     def __call__(
         self, features_bD: Tensor, labels_b: Tensor, parts: Sequence[int], step: int = 0, window: Window | None = None
@@ -173,7 +173,7 @@ class ShardedClassifier:
         heads, columns = list(self.heads), [None] * (1 + len(self.parents))  # type: list[Head], list[Tensor | None]
         for index, head in enumerate(heads) if self.config.sample_rate < 1 else ():
             if index == 0 or self.config.sample_parents:
-                chosen_C = sampled(head.rows_C, self.config.sample_rate, self.seed, step)
+                chosen_C = sampled(head.rows_C, self.config.sample_rate, self.seed, step, self.weight_CD.device)
                 own_B = head.columns_of(labels_B)
                 chosen_C[own_B[own_B != NOT_HERE]] = True
                 columns_K = torch.nonzero(chosen_C).flatten()

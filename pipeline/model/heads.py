@@ -31,26 +31,30 @@ class Head:
     Attributes:
         name: of the generation; the key of its loss.
         weight_CD: (C, D) this rank's prototypes.
-        rows_C: (C,) int64, ascending: the row of each prototype in the new identity table. A parent's identity
-            that is gone has a row past the table's end, so that no label finds it and it stays a negative.
+        rows_C: C ascending rows of the new identity table, one a prototype: a range, or (C,) int64. A parent's
+            identity that is gone has a row past the table's end, so that no label finds it and it stays a negative.
         margin: normalisation, scale and margin of this classifier's own convention.
     """
 
     name: str
     weight_CD: Tensor
-    rows_C: Tensor
+    rows_C: Tensor | range
     margin: MarginConfig
 
     def columns_of(self, labels_B: Tensor) -> Tensor:
         """(B,) place of each label's prototype in `weight_CD`, NOT_HERE where this rank has none."""
         if not len(self.rows_C):
             return torch.full_like(labels_B, NOT_HERE)
+        if isinstance(self.rows_C, range):
+            column_B = labels_B - self.rows_C.start
+            return torch.where((column_B >= 0) & (column_B < len(self.rows_C)), column_B, NOT_HERE)
         column_B = torch.searchsorted(self.rows_C, labels_B).clamp_max(len(self.rows_C) - 1)
         return torch.where(self.rows_C[column_B] == labels_B, column_B, NOT_HERE)
 
     def only(self, columns_K: Tensor) -> Head:
         """The head with a copy of some of its prototypes; `columns_K` ascend."""
-        return Head(self.name, self.weight_CD[columns_K], self.rows_C[columns_K], self.margin)
+        rows_K = columns_K + self.rows_C.start if isinstance(self.rows_C, range) else self.rows_C[columns_K]
+        return Head(self.name, self.weight_CD[columns_K], rows_K, self.margin)
 
     @property
     def bounded(self) -> bool:

@@ -15,16 +15,18 @@ BLOCK_ROWS = 1 << 20  # hashed at once
 BITS = 62
 
 
-def sampled(rows_C: Tensor, rate: float, seed: int, step: int) -> Tensor:
+def sampled(rows_C: Tensor | range, rate: float, seed: int, step: int, device: torch.device | None = None) -> Tensor:
     """(C,) bool: whether each row takes part in step `step`, each with probability `rate`."""
     limit = int(rate * (1 << BITS))
     stream = _mix(torch.tensor([seed, step]))
     key = int(_mix(stream[:1] ^ (stream[1:] << 1)))
-    parts = [
-        _mix(_mix(block_N) ^ key) >> (64 - BITS) & ((1 << BITS) - 1) < limit
-        for block_N in torch.split(rows_C, BLOCK_ROWS)
-    ]
-    return torch.cat(parts)
+    chosen_C = torch.empty(len(rows_C), dtype=torch.bool, device=device)
+    for first in range(0, len(rows_C), BLOCK_ROWS):
+        part = rows_C[first : first + BLOCK_ROWS]
+        block_N = torch.arange(part.start, part.stop, device=device) if isinstance(part, range) else part
+        hash_N = _shift(_mix(_mix(block_N) ^ key), 64 - BITS)
+        chosen_C[first : first + len(block_N)] = hash_N < limit
+    return chosen_C
 
 
 def most_sampled(rows: int, rate: float) -> int:

@@ -148,7 +148,7 @@ def test_both_passes_are_the_dense_ones(
     (losses * sample_weight * known).sum().backward()
     assert exact_features.grad is not None
     assert exact_weight.grad is not None
-    bound = 2e-5 if precision == "fp32" else 0.1  # eight bits of mantissa, times a scale of 90
+    bound = 2e-5 if precision == "fp32" else 0.2  # eight bits of mantissa, times a scale of 90
     largest = float(logits.detach().abs().max())
     torch.testing.assert_close(log_sum_exp.double(), wanted.detach(), rtol=0.0, atol=bound * largest)
     for got, exact in ((gradient, exact_features.grad), (weight_gradient, exact_weight.grad)):

@@ -82,9 +82,10 @@ def _scores(
         tl.store(partial + tl.program_id(0) * samples + sample, found + broken, mask=sample < samples)
     else:
         off = tl.load(shift + sample, mask=sample < samples, other=0.0)
-        share = tl.exp(tl.where(is_own, 0.0, logit - off[:, None]))  # the own logit may be far above the others
+        others = inside & (is_own == 0)
+        share = tl.exp(tl.where(others, logit - off[:, None], 0.0))  # the own logit may be far above them
         if MODE == 1:
-            share = tl.where(inside & (is_own == 0), share, 0.0)
+            share = tl.where(others, share, 0.0)
             tl.store(partial + tl.program_id(0) * samples + sample, tl.sum(share, axis=1), mask=sample < samples)
         else:
             value = tl.load(own_value + sample, mask=sample < samples, other=0.0)
