@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("parents", type=int, nargs="*")
     add("parent_dim", type=int, nargs="+")
     add("batch", type=int)
-    parser.add_argument("--backbone", required=True, help="iresnet50, resnet50, timm:NAME, ...")
+    parser.add_argument("--backbone", default="iresnet50", help="iresnet50, resnet50, timm:NAME, ... [iresnet50]")
     parser.add_argument("--image-size", type=int, help=f"side of the images, pixels [{FACES['image_size']}]")
     parser.add_argument("--channels", type=int, choices=(1, 3), help=f"of the images [{FACES['channels']}]")
     add("gpus", type=int)

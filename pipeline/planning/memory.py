@@ -59,13 +59,13 @@ def _rows(config: PlanConfig, share: Share) -> dict[str, int]:
 def _ours(config: PlanConfig, setting: Setting, share: Share, rates: Rates) -> dict[str, int]:
     """Softmax by tiles: rows at the most once more, and buffers that do not grow with the identities."""
     taking_part = rows_in_step(config, setting, share)
-    held = share.rows + sum(rows for rows, _ in share.parents)
+    parent_rows = sum(rows for rows, _ in share.parents)
     heads = 1 + len(share.parents)
     return {
         "row gradient": 0 if share.fused else FP32 * config.dim * taking_part,
         "sampled rows": 0 if setting.sample_rate == 1 else FP32 * config.dim * taking_part,
-        "inverse lengths": FP32 * held,
-        "row numbers": INT64 * held,
+        "inverse lengths": FP32 * (share.rows + parent_rows),
+        "row numbers of parents": INT64 * parent_rows,
         "statistics of all ranks": FP32 * STATISTICS * setting.class_group * heads * share.group_batch,
         **_buffers(config, share, rates),
     }

@@ -137,7 +137,7 @@ def test_row_memory_is_that_of_its_tensors() -> None:
     assert items["rows"] == items["rows' optimiser"] == 4 * 512 * rows
     assert items["parents"] == 4 * 256 * parent_rows
     assert items["inverse lengths"] == 4 * (rows + parent_rows)
-    assert items["row numbers"] == 8 * (rows + parent_rows)
+    assert items["row numbers of parents"] == 8 * parent_rows
     assert items["row gradient"] == items["sampled rows"] == 0
     assert memory(make(optimiser="adamw"))["rows' optimiser"] == (8 * 512 + 4) * 125_000
 
