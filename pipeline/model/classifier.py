@@ -23,7 +23,7 @@ from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.row_gradient import Columns, RowGradient, span
 from pipeline.model.rows import initial_rows, row_range
-from pipeline.model.sampling import sampled
+from pipeline.model.sampling import most_sampled, sampled
 from pipeline.schema import Config
 
 
@@ -177,6 +177,8 @@ class ShardedClassifier:
                 own_B = head.columns_of(labels_B)
                 chosen_C[own_B[own_B != NOT_HERE]] = True
                 columns_K = torch.nonzero(chosen_C).flatten()
+                bound = most_sampled(len(chosen_C), self.config.sample_rate) + len(labels_B)
+                assert len(columns_K) <= bound, "more rows than memory was planned for"
                 columns[index], heads[index] = columns_K, head.only(columns_K)
         return Selection(tuple(heads), tuple(columns))
 

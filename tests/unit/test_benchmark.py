@@ -1,0 +1,130 @@
+"""The benchmark compares two ways of one mathematics, and tells what the docs say of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import benchmark
+from pipeline.benchmarks.eager import MOMENTUM, RATE, EagerClassifier
+from pipeline.benchmarks.plot import plot_cost
+from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
+from pipeline.model.heads import Head
+from pipeline.model.margins import MarginConfig
+from pipeline.training.optimiser import OptimiserConfig
+from pipeline.training.row_optimiser import RowOptimiser
+
+ROOT = Path(__file__).parents[2]
+KEYS = {
+    "step_ms",
+    "extra_bytes",
+    "weight_bytes",
+    "ratio_step",
+    "ratio_extra",
+    "extra_over_weights",
+    "parent_over_new",
+    "fraction_of_matmul",
+}
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_eager_and_ours_take_the_same_steps(sample_rate: float) -> None:
+    margin = MarginConfig(name="cosface", scale=16.0, m3=0.2)
+    parent = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    config = ClassifierConfig(sample_rate=sample_rate)
+    ours = ShardedClassifier("new", 40, 6, margin, [Head("old", parent, range(40), margin)], config=config)
+    rows = RowOptimiser(ours.weight_CD, OptimiserConfig(name="sgd", momentum=MOMENTUM))
+    ours.update = partial(rows.apply, rate=RATE)
+    theirs = ours.weight_CD.clone()
+    eager = EagerClassifier(theirs, torch.zeros_like(theirs), margin, [parent], sample_rate)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        features = torch.randn(9, 6, generator=generator)
+        labels = torch.randint(40, (9,), generator=generator)
+        mine, other = (features.clone().requires_grad_() for _ in range(2))
+        loss = ours(mine, labels, [9], step).sum()
+        expected = eager.forward(other, labels, step)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+        eager.update()
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.weight_CD, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_job_tells_and_writes_its_figures(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "result.json"
+    command = [sys.executable, "jobs/benchmark.py", "classifier", "--classes", "3000", "--dim", "5", "--batch", "7"]
+    command += ["--parents", "2", "--parent-classes", "500", "--sample-rate", "0.5", "--repeats", "2"]
+    done = subprocess.run([*command, "--json", str(target)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(target.read_text())
+    assert result.keys() >= KEYS
+    assert result["implementation"] == "blocked"
+    assert result["step_ms"].keys() == result["extra_bytes"].keys() == {"blocked", "eager"}
+    assert result["weight_bytes"] == 3000 * 5 * 4
+    assert result["ratio_step"] == pytest.approx(result["step_ms"]["blocked"] / result["step_ms"]["eager"])
+    assert result["ratio_extra"] == pytest.approx(result["extra_bytes"]["blocked"] / result["extra_bytes"]["eager"])
+    assert all(len(times) == 2 and min(times) > 0 for times in result["step_ms_all"].values())
+    assert 0 < result["fraction_of_matmul"] < 1
+    assert {"cpu", "cores", "memory_bytes", "torch"} <= result["machine"].keys()
+    assert "of eager's time" in done.stdout
+    picture = tmp_path / "cost.png"
+    plot_cost([target], picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--classes", "1"], "--classes 1: Input should be greater than or equal to 2"),
+        (["--classes", "many"], "--classes many"),
+        (["--sample-rate", "0"], "--sample-rate 0"),
+        (["--classes", "900000000"], "this takes about"),
+        (["--precision", "bf16"], "'bf16' needs the triton implementation"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert benchmark.main(["classifier", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_file_that_is_no_result_is_not_plotted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    assert benchmark.main(["plot", "--out", str(tmp_path / "a.png"), str(tmp_path / "a.json")]) == 2
+    assert "is no result of jobs/benchmark.py classifier" in capsys.readouterr().err
+
+
+def test_tables_of_the_docs_are_the_measured_figures() -> None:
+    """Each row of a table that names a JSON file tells that file's figures, in the columns' units."""
+    text = (ROOT / "docs" / "classifier.md").read_text()
+    rows = re.findall(r"^\| \[.*?\]\((benchmarks/.*?\.json)\) \|(.*)\|$", text, re.MULTILINE)
+    assert len(rows) >= 6
+    for path, columns in rows:
+        result = json.loads((ROOT / "docs" / path).read_text())
+        name = result["implementation"]
+        none = "—"
+        expected = [
+            f"{result['step_ms'][name]:,.0f}",
+            f"{result['step_ms']['eager']:,.0f}" if "eager" in result["step_ms"] else none,
+            f"{result['ratio_step']:.2f}" if result["ratio_step"] else none,
+            f"{result['extra_bytes'][name] / 1e6:,.0f}",
+            f"{result['extra_bytes']['eager'] / 1e6:,.0f}" if "eager" in result["extra_bytes"] else none,
+            f"{result['extra_over_weights']:.1%}",
+            f"{result['parent_over_new']:.2f}",
+        ]
+        assert [column.strip() for column in columns.split("|")] == expected, path
+        assert result["command"].startswith("python jobs/benchmark.py classifier")
