@@ -47,6 +47,7 @@ class Manifest(Config):
     identities_file: str = Field(default=IDENTITIES, description="File name of the identity table.")
     identities_digest: str = Field(pattern=HEX, description="Digest of the identity table.")
     identities_count: int = Field(ge=1, description="Rows of the identity table.")
+    catalogue_sha256: str = Field(pattern=HEX, description="Sha256 of the catalogue of samples.")
     rejects: dict[str, int] = Field(description="Images that were not packed, by reason.")
     shards: tuple[ShardEntry, ...] = Field(min_length=1, description="The shards, in order.")
 

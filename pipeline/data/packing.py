@@ -21,8 +21,10 @@ import numpy.typing as npt
 import ray
 from pydantic import Field
 
+from pipeline.data.catalogue import FILE_NAME as CATALOGUE
+from pipeline.data.catalogue import Records, records_of, save_catalogue
 from pipeline.data.manifest import FILE_NAME, IDENTITIES, Manifest, ShardEntry
-from pipeline.data.shards import index_path, write_shard
+from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Source
 from pipeline.data.spool import Reject, Spooled, read_spooled, spool_part
 from pipeline.errors import ClusterError, DataError, PipelineError
@@ -83,6 +85,7 @@ def pack(source: Source, destination: Path, config: PackConfig, progress: Progre
         parts = _spool(source, destination, report)
         layout = _lay_out(source.name, parts, max(config.min_images, source.min_images), config.seed)
         shards = _write_shards(layout, destination, config.shard_size, report)
+        save_catalogue(destination, (records for _, records in shards))
         layout.table.save(destination / IDENTITIES)
         lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in layout.rejects]
         write_atomically(destination / REJECTS, "".join(lines).encode())
@@ -96,7 +99,8 @@ def pack(source: Source, destination: Path, config: PackConfig, progress: Progre
             identities_digest=layout.table.digest,
             identities_count=len(layout.table),
             rejects=_count(layout.rejects),
-            shards=tuple(shards),
+            shards=tuple(entry for entry, _ in shards),
+            catalogue_sha256=file_sha256(destination / CATALOGUE),
         )
         manifest.save()
     except OSError as error:
@@ -128,7 +132,7 @@ def _clear(destination: Path) -> None:
     """Remove what an unfinished pack left; files that are not of packing stay."""
     destination.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(destination / SPOOL, ignore_errors=True)
-    for pattern in ("shard-*.tar", "shard-*.idx", "shard-*.tmp", IDENTITIES, REJECTS):
+    for pattern in ("shard-*.tar", "shard-*.idx", "shard-*.tmp", CATALOGUE, IDENTITIES, REJECTS):
         for path in destination.glob(pattern):
             path.unlink()
     (destination / SPOOL).mkdir()
@@ -168,7 +172,9 @@ def _lay_out(name: str, parts: list[Spooled], min_images: int, seed: int) -> _La
     return _Layout([part.path for part in parts], files[kept], spans[kept], table, rejects)
 
 
-def _write_shards(layout: _Layout, destination: Path, shard_size: int, report: Progress) -> list[ShardEntry]:
+def _write_shards(
+    layout: _Layout, destination: Path, shard_size: int, report: Progress
+) -> list[tuple[ShardEntry, Records]]:
     """Stage 2: one task a shard."""
     table, task = ray.put(layout.table), ray.remote(_write_one)
     paths = ray.put(layout.paths)
@@ -186,16 +192,17 @@ def _write_one(
     files: npt.NDArray[np.int64],
     spans: npt.NDArray[np.int64],
     table: IdentityTable,
-) -> ShardEntry:
-    """Write one shard, and describe it."""
+) -> tuple[ShardEntry, Records]:
+    """Write one shard, and describe it and its samples."""
     samples = write_shard(tar, read_spooled(paths, files.tolist(), spans.tolist()), table)
-    return ShardEntry(
+    entry = ShardEntry(
         name=tar.name,
         samples=samples,
         bytes=tar.stat().st_size,
         tar_sha256=file_sha256(tar),
         index_sha256=file_sha256(index_path(tar)),
     )
+    return entry, records_of(ShardIndex.load(tar, index_path(tar), len(table)))
 
 
 def _gather(futures: list[Any], report: Progress, what: str) -> list[Any]:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data.catalogue import records_of, save_catalogue
 from pipeline.data.loader import Batch, TrainingLoader, iterate_images
 from pipeline.data.manifest import Manifest, ShardEntry
 from pipeline.data.order import OrderConfig, SampleOrder
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters, noise_bank
 from pipeline.data.reading import UndecodableError
-from pipeline.data.shards import index_path, write_shard
+from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Sample
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import file_sha256
@@ -101,6 +102,8 @@ def pack(folder: Path, pixels: list[npt.NDArray[np.uint8]], files: list[bytes]) 
             ShardEntry(name=tar.name, samples=count, bytes=size, tar_sha256=hashes[0], index_sha256=hashes[1])
         )
     table.save(folder / "identities.parquet")
+    tars = [folder / entry.name for entry in entries]
+    save_catalogue(folder, (records_of(ShardIndex.load(tar, index_path(tar), len(table))) for tar in tars))
     Manifest(
         folder=folder,
         name="made by hand",
@@ -109,6 +112,7 @@ def pack(folder: Path, pixels: list[npt.NDArray[np.uint8]], files: list[bytes]) 
         samples=len(files),
         identities_digest=table.digest,
         identities_count=len(table),
+        catalogue_sha256=file_sha256(folder / "catalogue.npy"),
         rejects={},
         shards=tuple(entries),
     ).save()

@@ -94,7 +94,7 @@ def test_every_image_is_packed_once_under_its_identity(tmp_path: Path, images: I
     manifest.verify(digests=True)
     assert set(files(tmp_path / "out")) == {
         *(f"shard-00000{shard}.{suffix}" for shard in range(3) for suffix in ("tar", "idx")),
-        *("manifest.json", "identities.parquet", "rejects.jsonl"),
+        *("manifest.json", "catalogue.npy", "identities.parquet", "rejects.jsonl"),
     }
     assert [step for step in seen if step[0] == step[1]] == [
         (3, 3, "parts read and decoded"),
