@@ -182,7 +182,8 @@ def _result(
     ceiling: dict[str, float],
 ) -> dict[str, Any]:
     shown = [kind for kind in times if kind != "probe"]
-    step_ms = {kind: statistics.median(map(sum, runs)) * 1e3 for kind, runs in times.items()}
+    all_ms = {kind: [sum(run) * 1e3 for run in runs] for kind, runs in times.items()}
+    step_ms = {kind: statistics.median(runs) for kind, runs in all_ms.items()}
     phases = {
         f"{phase}_ms": {kind: statistics.median(run[index] for run in times[kind]) * 1e3 for kind in shown}
         for index, phase in enumerate(PHASES)
@@ -196,13 +197,13 @@ def _result(
         "machine": machine(torch.device(config.device)),
         "step_ms": {kind: step_ms[kind] for kind in shown},
         **phases,
-        "step_ms_all": {kind: [sum(run) * 1e3 for run in times[kind]] for kind in shown},
+        "step_ms_all": {kind: all_ms[kind] for kind in shown},
         "weight_bytes": weight_bytes,
         "extra_bytes": extra,
         "ratio_step": step_ms[name] / step_ms["eager"] if config.eager else None,
         "ratio_extra": extra[name] / extra["eager"] if config.eager else None,
         "extra_over_weights": extra[name] / weight_bytes,
-        "parent_over_new": _parent_over_new(config, step_ms[name], step_ms["probe"]),
+        "parent_over_new": _parent_over_new(config, all_ms[name], all_ms["probe"]),
         "ceilings": ceiling,
         "flops_per_s": flops * per_second,
         "bytes_per_s": moved * per_second,
@@ -220,9 +221,9 @@ def _work(config: ClassifierBenchmark) -> tuple[float, float]:
     return 8 * config.batch * new + 4 * config.batch * old, 4 * (5 * new + old)
 
 
-def _parent_over_new(config: ClassifierBenchmark, step_ms: float, probe_ms: float) -> float:
-    """What a parent of as many classes costs, in steps without one."""
-    with_parents, without = (step_ms, probe_ms) if config.parents else (probe_ms, step_ms)
+def _parent_over_new(config: ClassifierBenchmark, step_ms: list[float], probe_ms: list[float]) -> float:
+    """What a parent of as many classes costs, in steps without one: median over the rounds, whose steps are paired."""
+    laden, bare = (step_ms, probe_ms) if config.parents else (probe_ms, step_ms)
     parent_classes = (config.parent_classes or config.classes) if config.parents else config.classes
-    each = (with_parents - without) / max(1, config.parents)
-    return each / without * config.classes / parent_classes
+    ratio = statistics.median(a / b - 1 for a, b in zip(laden, bare, strict=True))
+    return ratio / max(1, config.parents) * config.classes / parent_classes
