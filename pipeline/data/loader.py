@@ -1,43 +1,33 @@
-"""Batches of images: the order's samples, read from shards, decoded and augmented by DALI.
+"""Batches of images: the order's samples, read from shards, decoded and augmented.
 
 The order, the reading and the random numbers are ours; DALI decodes and applies them, ahead of the trainer. So a
 batch is a pure function of (data set, seed, step), and a rank's part of it does not depend on the others.
-This is the only file that imports DALI.
 """
 
 from __future__ import annotations
 
-import io
-import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from nvidia import dali
-from PIL import Image
 from torch import Tensor
 
+from pipeline.data.decoding import Decoder, NotDecodedError, dali_refuses
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints, OrderConfig, SampleOrder, batch_positions
-from pipeline.data.preprocess import AugmentConfig, Draws, PreprocessConfig, draw_parameters, noise_bank
+from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters
+from pipeline.data.quarantine import Quarantine
 from pipeline.data.reading import ShardReader, UndecodableError, Work, pillow_refuses
 from pipeline.errors import DataError
 from pipeline.identities import IdentityTable
 
-_dali: Any = dali  # its type stubs lack most of what is used here
-fn, types = _dali.fn, _dali.types
-
-QUEUE = 2  # batches that DALI holds, decoded or being decoded
+REPLACEMENT_STRIDE = 7919  # places in the epoch from a sample in quarantine to its replacement; a prime
 READ_AHEAD = 2  # batches read before DALI asks for them
-LEAST_BLUR = 1e-3  # pixels; every neighbour's weight underflows to 0, while DALI takes 0 as "not given"
-DALI_ERRORS = (RuntimeError, ValueError, IndexError)
-PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -55,162 +45,6 @@ class Batch:
     step: int
 
 
-@_dali.pipeline_def(enable_conditionals=True, exec_dynamic=True)  # type: ignore[untyped-decorator]
-def _graph(preprocess: PreprocessConfig, augment: AugmentConfig, decode_on: str) -> Any:
-    """DALI's part: bytes to (size, size, channels) float32 images of 0 to 255."""
-    raw = fn.external_source(name="raw", no_copy=True, ndim=1, dtype=types.UINT8)
-    resized = fn.external_source(name="resized", ndim=0, dtype=types.BOOL)
-    images = fn.decoders.image(raw, device=decode_on, output_type=types.GRAY if preprocess.channels == 1 else types.RGB)
-    if resized:
-        images = fn.resize(images, size=[preprocess.resize, preprocess.resize])
-    square = [preprocess.size, preprocess.size]
-    if augment.warps:
-        matrix = fn.external_source(name="matrix", ndim=2, dtype=types.FLOAT)
-        images = fn.warp_affine(images, matrix=matrix, size=square, dtype=types.FLOAT)
-    else:
-        images = fn.slice(images, start=[preprocess.margin] * 2, shape=square, axes=[0, 1], dtype=types.FLOAT)
-    if augment.blur > 0:
-        sigma = fn.external_source(name="sigma", ndim=0, dtype=types.FLOAT)
-        images = fn.gaussian_blur(images, sigma=sigma, dtype=types.FLOAT)
-    return images
-
-
-@_dali.pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
-def _single() -> Any:
-    """Decode one sample, to find out whether it can be."""
-    return fn.decoders.image(fn.external_source(name="raw", ndim=1, dtype=types.UINT8), device="cpu")
-
-
-def _dali_refuses(raw: bytes) -> str | None:
-    """Why DALI does not decode an image that Pillow does, None if it does."""
-    pipe = _single()
-    pipe.build()
-    try:
-        pipe.feed_input("raw", [np.frombuffer(raw, np.uint8)])
-        pipe.run()
-    except DALI_ERRORS:
-        kind = Image.open(io.BytesIO(raw)).format
-        return f"DALI does not decode this {kind} image; convert it to png, jpg or webp"
-    return None
-
-
-class _Decoder:
-    """Runs batches of bytes through DALI, QUEUE of them ahead, and finishes them in torch.
-
-    Args:
-        preprocess: the fixed part.
-        augment: the random part; a batch of work without draws needs one with everything off.
-        seed: of the noise.
-        batch_size: the largest batch.
-        threads: of DALI.
-        device: where images are decoded and left.
-    """
-
-    def __init__(
-        self,
-        preprocess: PreprocessConfig,
-        augment: AugmentConfig,
-        seed: int,
-        batch_size: int,
-        threads: int,
-        device: torch.device,
-    ) -> None:
-        self._preprocess, self._augment, self._device = preprocess, augment, device
-        self._batch_size, self._threads = batch_size, threads
-        # width and height as they stand in a PNG's header
-        self._right_size = struct.pack(">II", preprocess.resize, preprocess.resize)
-        self._pixels = preprocess.channels * preprocess.size**2
-        self._bank: Tensor | None = None
-        if augment.noise > 0:
-            bank = torch.from_numpy(noise_bank(seed, self._pixels)).to(device)
-            self._bank = bank.unfold(0, self._pixels, 1)  # a view: row i is the noise that begins at place i
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def run(self, works: Iterable[Work]) -> Iterator[tuple[Work, Tensor]]:
-        """Decode batch after batch, in order; the next is on its way when one is handed out.
-
-        Raises:
-            _NotDecodedError: a batch failed; it holds the work.
-        """
-        works = iter(works)
-        waiting = deque(islice(works, QUEUE))
-        if not waiting:
-            return
-        gpu = self._device.type == "cuda"
-        pipe = _graph(
-            self._preprocess,
-            self._augment,
-            "mixed" if gpu else "cpu",
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=(self._device.index or 0) if gpu else None,
-            prefetch_queue_depth=len(waiting),
-        )
-        pipe.build()
-        for work in waiting:
-            self._feed(pipe, work)
-        pipe.schedule_run()  # DALI's first run takes as many batches as its queue is deep
-        while waiting:
-            try:
-                (outputs,) = pipe.share_outputs()
-            except DALI_ERRORS as error:
-                raise _NotDecodedError(waiting[0], str(error)) from error
-            work = waiting.popleft()
-            images_BCHW = self._finish(torch.utils.dlpack.from_dlpack(outputs.as_tensor()), work.draws)
-            pipe.release_outputs()
-            for following in islice(works, 1):
-                waiting.append(following)
-                self._feed(pipe, following)
-                pipe.schedule_run()
-            yield work, images_BCHW
-
-    def _feed(self, pipe: Any, work: Work) -> None:
-        """Hand a batch to DALI; an image is resized unless its header says that it has the right size."""
-        # of arrays DALI would inspect each in Python, twice; tensors of its own it takes as they are
-        tensors = [_dali.tensors.TensorCPU(np.frombuffer(raw, np.uint8)) for raw in work.raws]
-        pipe.feed_input("raw", _dali.tensors.TensorListCPU(tensors))
-        right = [raw.startswith(PNG_START) and raw[16:24] == self._right_size for raw in work.raws]
-        pipe.feed_input("resized", ~np.array(right))
-        if self._augment.warps:
-            assert work.draws is not None, "an augmented batch comes with its draws"
-            pipe.feed_input("matrix", work.draws.matrices_B23)
-        if self._augment.blur > 0:
-            assert work.draws is not None, "an augmented batch comes with its draws"
-            pipe.feed_input("sigma", np.maximum(work.draws.blur_B, np.float32(LEAST_BLUR)))
-
-    def _finish(self, images_BHWC: Tensor, draws: Draws | None) -> Tensor:
-        """Add the noise and normalise; what is returned shares no memory with DALI's buffers."""
-        if self._stream is None:
-            return self._normalise(images_BHWC, draws)
-        # DALI takes its buffers back after this. On a stream of our own we wait for these few kernels alone,
-        # not for the trainer's.
-        with torch.cuda.stream(self._stream):
-            images_BCHW = self._normalise(images_BHWC, draws)
-        self._stream.synchronize()
-        images_BCHW.record_stream(torch.cuda.current_stream(self._device))
-        return images_BCHW
-
-    def _normalise(self, images_BHWC: Tensor, draws: Draws | None) -> Tensor:
-        """(B, H, W, C) of 0 to 255 to normalised (B, C, H, W), with noise before, clipped to 0 to 255."""
-        images_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        if self._bank is not None:
-            assert draws is not None, "an augmented batch comes with its draws"
-            noise_BP = self._bank[torch.from_numpy(draws.noise_starts_B).to(self._device)]
-            sigma_B = torch.from_numpy(draws.noise_B).to(self._device)
-            noise_BCHW = noise_BP.view(images_BCHW.shape)
-            images_BCHW = torch.addcmul(images_BCHW, noise_BCHW, sigma_B[:, None, None, None]).clamp_(0, 255)
-        shifted_BCHW = torch.sub(images_BCHW, self._preprocess.mean)
-        return shifted_BCHW.div_(self._preprocess.std).contiguous()
-
-
-class _NotDecodedError(Exception):
-    """DALI gave up on a batch."""
-
-    def __init__(self, work: Work, words: str) -> None:
-        super().__init__(words)
-        self.work = work
-
-
 def _read_ahead(read: Callable[[int], Work], numbers: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[Work]:
     """Call `read` for each number, in order, READ_AHEAD of them before they are asked for."""
     numbers = iter(numbers)
@@ -222,7 +56,7 @@ def _read_ahead(read: Callable[[int], Work], numbers: Iterable[int], pool: Threa
 
 
 def _decoded(
-    reader: ShardReader, decoder: _Decoder, read: Callable[[int], Work], numbers: Iterable[int]
+    reader: ShardReader, decoder: Decoder, read: Callable[[int], Work], numbers: Iterable[int]
 ) -> Iterator[tuple[Work, Tensor]]:
     """Read and decode batches, and close the reader at the end.
 
@@ -233,9 +67,9 @@ def _decoded(
     pool = ThreadPoolExecutor(1, "shard-reader")
     try:
         yield from decoder.run(_read_ahead(read, numbers, pool))
-    except _NotDecodedError as failure:
+    except NotDecodedError as failure:
         pool.shutdown(cancel_futures=True)  # the reader's files are this thread's again
-        bad = reader.bad_samples(failure.work, pillow_refuses) or reader.bad_samples(failure.work, _dali_refuses)
+        bad = reader.bad_samples(failure.work, pillow_refuses) or reader.bad_samples(failure.work, dali_refuses)
         if bad:
             raise UndecodableError(bad, failure.work.step) from None
         words = "; ".join(line.strip() for line in str(failure).splitlines()[-2:])
@@ -265,6 +99,8 @@ class TrainingLoader:
         threads: of the decoder.
         device: "cpu" or "cuda:N": where images are decoded, and left.
         start_step: the first batch's number.
+        quarantine: takes the samples that do not decode; each is replaced by another one of its epoch, the same on
+            any number of ranks. None: such a sample ends the run.
 
     Raises:
         DataError: an identity is not in the data set, the data set is broken, or nothing is left to train on.
@@ -287,6 +123,7 @@ class TrainingLoader:
         threads: int = 1,
         device: str | torch.device = "cpu",
         start_step: int = 0,
+        quarantine: Quarantine | None = None,
     ) -> None:
         order = order or OrderConfig()
         self._manifest, self._device = manifest, torch.device(device)
@@ -296,8 +133,8 @@ class TrainingLoader:
         # a batch may read the end of one block and the start of the next
         self._reader = ShardReader(folder, manifest, _labels(manifest, identities), limit=2 * order.block_shards)
         self._order = SampleOrder(self._reader.sizes(), manifest.digest, seed, order.block_shards)
-        self._decoder = _Decoder(preprocess, augment, seed, rank_batch, threads, self._device)
-        self._step = start_step
+        self._decoder = Decoder(preprocess, augment, seed, rank_batch, threads, self._device)
+        self._step, self._quarantine = start_step, quarantine
         self._iterating = False
         self.samples = self._order.samples
 
@@ -310,17 +147,40 @@ class TrainingLoader:
         assert not self._iterating, "one iteration at a time: they would share the open shards; close the other first"
         self._iterating = True
         try:
-            for work, images_BCHW in _decoded(self._reader, self._decoder, self._read, count(self._step)):
-                self._step = work.step + 1
-                yield Batch(images_BCHW, torch.from_numpy(work.labels_B).to(self._device), work.step)
+            while True:
+                try:
+                    for work, images_BCHW in _decoded(self._reader, self._decoder, self._read, count(self._step)):
+                        self._step = work.step + 1
+                        yield Batch(images_BCHW, torch.from_numpy(work.labels_B).to(self._device), work.step)
+                except UndecodableError as error:
+                    if self._quarantine is None:
+                        raise
+                    self._quarantine.add(error.samples, error.step)  # and again from this step, with replacements
         finally:
             self._iterating = False
 
     def _read(self, step: int) -> Work:
         """Read this rank's part of a global batch and draw its augmentation."""
         positions_B = batch_positions(step, self._global_batch, self._rank, self._world_size)
-        work = self._reader.read(step, *self._order.samples_at(positions_B))
+        work = self._reader.read(step, *self._sound_samples(positions_B))
         return replace(work, draws=draw_parameters(self._augment, self._preprocess, self._seed, positions_B))
+
+    def _sound_samples(self, positions_B: Ints) -> tuple[Ints, Ints]:
+        """Shards and places of the samples at `positions_B`, with others of the epoch for those in quarantine."""
+        shards_B, places_B = self._order.samples_at(positions_B)
+        quarantine = self._quarantine
+        if quarantine is None or not len(quarantine):
+            return shards_B, places_B
+        for attempt in range(1, self.samples + 1):
+            names = [self._manifest.shards[shard].name for shard in shards_B.tolist()]
+            held = [quarantine.holds(*sample) for sample in zip(names, places_B.tolist(), strict=True)]
+            if not any(held):
+                return shards_B, places_B
+            slots = np.flatnonzero(held)
+            epochs, within = np.divmod(positions_B[slots], self.samples)
+            others = (within + attempt * REPLACEMENT_STRIDE) % self.samples
+            shards_B[slots], places_B[slots] = self._order.samples_at(epochs * self.samples + others)
+        raise DataError(f"data set {self._manifest.name}: no sample is left that decodes; mend it and pack again")
 
 
 def _labels(manifest: Manifest, identities: IdentityTable) -> Ints:
@@ -369,6 +229,6 @@ def iterate_images(
         shards = np.searchsorted(starts, indices, side="right") - 1
         return reader.read(number, shards, indices - starts[shards])
 
-    decoder = _Decoder(preprocess, AugmentConfig(), 0, batch_size, threads, torch.device(device))
+    decoder = Decoder(preprocess, AugmentConfig(), 0, batch_size, threads, torch.device(device))
     for work, images_BCHW in _decoded(reader, decoder, read, range(-(-total // batch_size))):
         yield images_BCHW, work.step * batch_size

@@ -18,8 +18,9 @@ from pipeline.schema import Config
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
+BEST_QUALITY = 95  # of the JPEG that images may go through again
 NOISE_STARTS = 1 << 20  # places in the noise bank at which a sample's noise may begin
-DRAWS = 8  # numbers drawn for a sample; a change changes every augmentation
+DRAWS = 20  # numbers drawn for a sample; a change changes every augmentation
 
 
 class PreprocessConfig(Config):
@@ -44,8 +45,20 @@ class PreprocessConfig(Config):
 
 
 class AugmentConfig(Config):
-    """The random part. Everything off by default; each figure is the largest change, drawn evenly around none."""
+    """The random part. Everything off by default; each figure is the largest change, drawn evenly around none.
 
+    In this order: crop, colours, compression, rotation with scale and shift, blur, noise; the mirror anywhere.
+    """
+
+    crop: float = Field(1.0, gt=0, le=1, description="smallest share of the image's area that a crop keeps; 1: no crop")
+    crop_ratio: float = Field(1.0, ge=1, le=4, description="largest stretch of a crop's sides, either way")
+    brightness: float = Field(0.0, ge=0, lt=1, description="share")
+    contrast: float = Field(0.0, ge=0, lt=1, description="share")
+    saturation: float = Field(0.0, ge=0, le=1, description="share; of colour images")
+    hue: float = Field(0.0, ge=0, le=180, description="degrees, either way; of colour images")
+    grey: float = Field(0.0, ge=0, le=1, description="share of colour images that lose their colour")
+    compress: float = Field(0.0, ge=0, le=1, description="share of images that go through JPEG once more")
+    compress_quality: int = Field(30, ge=1, le=100, description="lowest quality of that JPEG; up to 95")
     rotate: float = Field(0.0, ge=0, le=180, description="degrees, either way")
     scale: float = Field(0.0, ge=0, lt=1, description="share of the size, larger or smaller")
     shift: float = Field(0.0, ge=0, description="pixels of the output, along each axis")
@@ -55,8 +68,18 @@ class AugmentConfig(Config):
 
     @property
     def warps(self) -> bool:
-        """Whether pixels move at all; otherwise the centre square is cut out as it is."""
-        return self.flip or max(self.rotate, self.scale, self.shift) > 0
+        """Whether pixels move between places; otherwise the centre square is cut out as it is."""
+        return max(self.rotate, self.scale, self.shift) > 0
+
+    @property
+    def crops(self) -> bool:
+        """Whether a part of the image is taken."""
+        return self.crop < 1 or self.crop_ratio > 1
+
+    def twists(self, channels: int) -> bool:
+        """Whether colours change; a grey image has brightness and contrast alone."""
+        coloured = channels == 3 and max(self.saturation, self.hue, self.grey) > 0
+        return coloured or max(self.brightness, self.contrast) > 0
 
 
 @dataclass(frozen=True)
@@ -64,12 +87,22 @@ class Draws:
     """The numbers of a batch's augmentation.
 
     Attributes:
+        crops_B4: (B, 4) top, left, bottom and right of the part that is taken, in shares of the sides.
+        colours_B4: (B, 4) factors of brightness, contrast and saturation, and the turn of the hue, degrees.
+        compressed_B: (B,) bool: goes through JPEG again, at
+        quality_B: (B,) int32 quality.
+        mirrored_B: (B,) int32 1 or 0; of images that do not warp, for the matrices mirror too.
         matrices_B23: (B, 2, 3) from output to input pixels; (0, 0) is the corner of the first pixel.
         blur_B: (B,) sigmas of the blur, pixels.
         noise_B: (B,) sigmas of the noise, in pixel values of 0 to 255.
         noise_starts_B: (B,) where each sample's noise begins in the bank.
     """
 
+    crops_B4: Floats
+    colours_B4: Floats
+    compressed_B: npt.NDArray[np.bool_]
+    quality_B: npt.NDArray[np.int32]
+    mirrored_B: npt.NDArray[np.int32]
     matrices_B23: Floats
     blur_B: Floats
     noise_B: Floats
@@ -87,11 +120,36 @@ def draw_parameters(config: AugmentConfig, preprocess: PreprocessConfig, seed: i
     """
     draws_BK = _uniform(seed, positions_B, DRAWS)
     return Draws(
+        crops_B4=_crops(config, draws_BK[:, 8:12]),
+        colours_B4=_colours(config, draws_BK[:, 12:17]),
+        compressed_B=draws_BK[:, 17] < config.compress,
+        quality_B=(config.compress_quality + (BEST_QUALITY - config.compress_quality) * draws_BK[:, 18]).astype(
+            np.int32
+        ),
+        mirrored_B=(config.flip & (draws_BK[:, 6] < 0.5)).astype(np.int32),
         matrices_B23=_matrices(config, preprocess, draws_BK),
         blur_B=(config.blur * draws_BK[:, 4]).astype(np.float32),
         noise_B=(config.noise * draws_BK[:, 5]).astype(np.float32),
         noise_starts_B=(NOISE_STARTS * draws_BK[:, 7]).astype(np.int64),
     )
+
+
+def _crops(config: AugmentConfig, draws_BK: npt.NDArray[np.float64]) -> Floats:
+    """(B, 4) crops: area between `crop` and 1, sides stretched by up to `crop_ratio`, anywhere within the image."""
+    area_B = config.crop + (1 - config.crop) * draws_BK[:, 0]
+    stretch_B = config.crop_ratio ** (draws_BK[:, 1] - 0.5)
+    sides_B2 = np.minimum(np.sqrt(area_B)[:, None] * np.stack([stretch_B, 1 / stretch_B], axis=1), 1.0)
+    start_B2 = (1 - sides_B2) * draws_BK[:, 2:4]
+    return np.concatenate([start_B2, start_B2 + sides_B2], axis=1).astype(np.float32)
+
+
+def _colours(config: AugmentConfig, draws_BK: npt.NDArray[np.float64]) -> Floats:
+    """(B, 4) factors of brightness, contrast and saturation (0: grey), and turns of the hue."""
+    largest_3 = np.array([config.brightness, config.contrast, config.saturation])
+    factors_B3 = 1 + largest_3 * (2 * draws_BK[:, :3] - 1)
+    factors_B3[draws_BK[:, 4] < config.grey, 2] = 0.0
+    hue_B1 = config.hue * (2 * draws_BK[:, 3:4] - 1)
+    return np.concatenate([factors_B3, hue_B1], axis=1).astype(np.float32)
 
 
 def _matrices(config: AugmentConfig, preprocess: PreprocessConfig, draws_BK: npt.NDArray[np.float64]) -> Floats:

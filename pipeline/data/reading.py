@@ -29,9 +29,10 @@ INDICES = 256  # parsed indices kept, about 80 KB each at 4,096 samples a shard;
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that does not decode: its shard, key and the reason in the decoder's words."""
+    """A sample that does not decode: its shard, place there (of those that take part), key, and the decoder's words."""
 
     shard: str
+    place: int
     key: str
     reason: str
 
@@ -130,7 +131,7 @@ class ShardReader:
                 view = self._view(shard)
                 header = os.pread(view.file, BLOCKSIZE, int(view.offsets[place]) - BLOCKSIZE)
                 key = TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-                bad.append(BadSample(self._manifest.shards[shard].name, key, reason))
+                bad.append(BadSample(self._manifest.shards[shard].name, place, key, reason))
         return bad
 
     def close(self) -> None:
