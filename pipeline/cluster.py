@@ -126,6 +126,7 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 def _train_one(plan: Plan, board: Any) -> None:
     from pipeline.data.loader import TrainingLoader
+    from pipeline.data.quarantine import Quarantine
     from pipeline.training.loop import train
     from pipeline.training.trainer import Trainer
 
@@ -164,6 +165,7 @@ def _train_one(plan: Plan, board: Any) -> None:
             threads=threads,
             device=device,
             start_step=start_step,
+            quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
         )
 
     observer = _Observer(plan, board) if dist.get_rank() == 0 else _Silence()

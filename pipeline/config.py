@@ -55,6 +55,9 @@ class DataConfig(Config):
     typefaces: TypefaceConfig = TypefaceConfig()
     pack: PackConfig = PackConfig()
     order: OrderConfig = OrderConfig()
+    quarantine_limit: int = Field(
+        100, ge=0, description="samples that may turn out not to decode, and are replaced, before the run gives up"
+    )
     verify: bool = Field(True, description="compare every shard's sha256 with the manifest before training")
 
 

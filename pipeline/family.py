@@ -15,7 +15,9 @@ from typing import Any
 
 from pipeline.code import code_version
 from pipeline.config import RunConfig, differing_keys
+from pipeline.console import say
 from pipeline.data.manifest import Manifest
+from pipeline.data.quarantine import read_quarantine
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.generation import RECORD, Generation, GenerationRecord
@@ -143,6 +145,7 @@ class Member:
             data=self.data,
             identities=self.workplace / "identities.parquet",
             checkpoints=self.workplace / "checkpoints",
+            quarantine=self.workplace / "quarantine",
             destination=self.artefact,
             parents=tuple(Path(parent.path) for parent in self.parents),
             tracking_uri=self.registry.uri,
@@ -202,11 +205,17 @@ def train_missing(
                 train(missing)
         finally:  # also what was sealed before a failure
             for member in waiting:
+                _tell_quarantine(plans[member.name])
                 if (member.artefact / RECORD).is_file():
                     member.complete(plans[member.name].run_id)
                 else:
                     registry.finish_run(plans[member.name].run_id, "FAILED")
     return {member.name: Generation(member.artefact) for member in members}
+
+
+def _tell_quarantine(plan: Plan) -> None:
+    if entries := read_quarantine(plan.quarantine):
+        say(f"{plan.record.name}: {len(entries)} samples did not decode and were replaced; see {plan.quarantine}")
 
 
 def levels(config: RunConfig) -> list[set[str]]:

@@ -16,6 +16,7 @@ class Plan:
     data: Path
     identities: Path
     checkpoints: Path
+    quarantine: Path
     destination: Path
     parents: tuple[Path, ...]
     tracking_uri: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class ClassifierBenchmark(Config):
     device: Literal["cpu", "cuda"] = Field("cpu", description="where")
     eager: bool = Field(True, description="measure the public way too")
     fused: bool = Field(True, description="update tile by tile in backward")
+    threads: int = Field(os.cpu_count() or 1, ge=1, description="processor threads")
     repeats: int = Field(5, ge=1, description="steps of each, after one that is not counted; medians are told")
 
 
@@ -76,6 +78,7 @@ def measure_classifier(config: ClassifierBenchmark, progress: Callable[[str], No
         ConfigError: it does not fit into memory, or the implementation cannot run here.
     """
     device = torch.device(config.device)
+    torch.set_num_threads(config.threads)
     _check(config, device)
     progress("warming up")
     small = config.model_copy(update={"classes": 64, "parent_classes": 64})

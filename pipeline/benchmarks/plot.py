@@ -9,47 +9,71 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 
+KEYS = {
+    "classifier": ("classes", "step_ms", "extra_bytes", "dim", "batch", "machine"),
+    "loader": ("augment", "images_per_s", "size", "threads", "machine"),
+}
 
-def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Results of `jobs/benchmark.py classifier`, by rising number of classes.
+
+def plot_results(paths: Sequence[Path], target: Path) -> None:
+    """Draw results of one benchmark as a PNG: the classifier's cost over its classes, or the loaders' speeds.
 
     Raises:
-        ConfigError: a file is none.
+        ConfigError: a file is no result, or of another benchmark than the first.
     """
-    results = []
-    for path in paths:
-        try:
-            result = json.loads(path.read_text())
-            results.append(
-                {key: result[key] for key in ("classes", "step_ms", "extra_bytes", "dim", "batch", "machine")}
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path} is no result of jobs/benchmark.py classifier; write one with --json") from None
-    return sorted(results, key=lambda result: int(result["classes"]))
-
-
-def plot_cost(paths: Sequence[Path], target: Path) -> None:
-    """Milliseconds a step and memory beyond weights and momentum over the number of classes, as a PNG."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    results = read_results(paths)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for name in sorted({name for result in results for name in result["step_ms"]}):
-        own = [result for result in results if name in result["step_ms"]]
-        classes = [result["classes"] for result in own]
-        left.plot(classes, [result["step_ms"][name] for result in own], "o-", label=name)
-        right.plot(classes, [result["extra_bytes"][name] / 1e6 for result in own], "o-", label=name)
-    left.set(title="one training step", xlabel="identities", ylabel="milliseconds")
-    right.set(title="memory beyond weights and momentum", xlabel="identities", ylabel="MB")
-    for axes in (left, right):
-        axes.set(xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    first = results[0]
-    figure.suptitle(f"D = {first['dim']}, batch {first['batch']}, {first['machine']['device']}", fontsize=10)
+    results = [_read(path) for path in paths]
+    kinds = {result["benchmark"] for result in results}
+    if len(kinds) > 1:
+        raise ConfigError(f"results of {' and '.join(sorted(kinds))} do not go into one picture; plot them apart")
+    draw = {"classifier": _draw_classifier, "loader": _draw_loader}[kinds.pop()]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    draw(figure, axes, results)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)
     plt.close(figure)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        return {key: result[key] for key in ("benchmark", *KEYS[result["benchmark"]])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is no result of jobs/benchmark.py; write one with --json") from None
+
+
+def _draw_classifier(figure: Any, axes: Any, results: list[dict[str, Any]]) -> None:
+    """Milliseconds a step and memory beyond weights and momentum over the number of classes."""
+    results = sorted(results, key=lambda result: int(result["classes"]))
+    for name in sorted({name for result in results for name in result["step_ms"]}):
+        own = [result for result in results if name in result["step_ms"]]
+        classes = [result["classes"] for result in own]
+        axes[0].plot(classes, [result["step_ms"][name] for result in own], "o-", label=name)
+        axes[1].plot(classes, [result["extra_bytes"][name] / 1e6 for result in own], "o-", label=name)
+    axes[0].set(title="one training step", xlabel="identities", ylabel="milliseconds")
+    axes[1].set(title="memory beyond weights and momentum", xlabel="identities", ylabel="MB")
+    for each in axes:
+        each.set(xscale="log", yscale="log")
+        each.grid(alpha=0.3)
+        each.legend()
+    first = results[0]
+    figure.suptitle(f"D = {first['dim']}, batch {first['batch']}, {first['machine']['device']}", fontsize=10)
+
+
+def _draw_loader(figure: Any, axes: Any, results: list[dict[str, Any]]) -> None:
+    """Images a second of each way, one half a result."""
+    for each, result in zip(axes, results[:2], strict=False):
+        ways = list(result["images_per_s"])
+        bars = each.barh(ways[::-1], [result["images_per_s"][way] for way in ways[::-1]], color="tab:blue")
+        bars[-1].set_color("tab:orange")  # ours
+        each.bar_label(bars, fmt="{:,.0f}", padding=3)
+        each.set(title=f"augmentation: {result['augment']}", xlabel="images a second")
+        each.margins(x=0.15)
+    first = results[0]
+    figure.suptitle(
+        f"{first['size']} x {first['size']}, {first['threads']} threads, {first['machine']['device']}", fontsize=10
+    )

@@ -124,7 +124,7 @@ class Decoder:
             pipe.feed_input(name, _drawn(name, work.draws))
 
     def _finish(self, images_BCHW: Tensor, draws: Draws | None) -> Tensor:
-        """Add the noise; what is returned shares no memory with DALI's buffers."""
+        """Add the noise."""
         if self._stream is None:
             return self._with_noise(images_BCHW, draws)
         # DALI takes its buffers back after this. On a stream of our own we wait for these few kernels alone,
@@ -138,7 +138,7 @@ class Decoder:
     def _with_noise(self, images_BCHW: Tensor, draws: Draws | None) -> Tensor:
         """Noise in pixel values, clipped to 0 to 255, on images that are normalised already."""
         if self._bank is None:
-            return images_BCHW.clone()
+            return images_BCHW
         assert draws is not None, "an augmented batch comes with its draws"
         noise_BP = self._bank[torch.from_numpy(draws.noise_starts_B).to(self._device)]
         mean, std = self._preprocess.mean, self._preprocess.std
@@ -170,9 +170,8 @@ def _graph(preprocess: PreprocessConfig, augment: AugmentConfig, decode_on: str)
     if augment.warps:
         matrix = fn.external_source(name="matrix", ndim=2, dtype=types.FLOAT)
         images = fn.warp_affine(images, matrix=matrix, size=square, dtype=types.FLOAT)
-    else:
-        start = [preprocess.margin] * 2
-        images = fn.slice(images, start=start, shape=square, axes=[0, 1])
+    elif augment.blur > 0:
+        images = fn.slice(images, start=[preprocess.margin] * 2, shape=square, axes=[0, 1])
     if augment.blur > 0:
         sigma = fn.external_source(name="sigma", ndim=0, dtype=types.FLOAT)
         images = fn.gaussian_blur(images, sigma=sigma, dtype=types.FLOAT)
@@ -180,7 +179,9 @@ def _graph(preprocess: PreprocessConfig, augment: AugmentConfig, decode_on: str)
     if augment.flip and not augment.warps:
         mirror = fn.external_source(name="mirror", ndim=0, dtype=types.INT32)
     mean, std = ([value] * preprocess.channels for value in (preprocess.mean, preprocess.std))
-    return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW")
+    return fn.crop_mirror_normalize(
+        images, crop=square, rounding="truncate", mirror=mirror, mean=mean, std=std, dtype=types.FLOAT
+    )
 
 
 def _twist(images: Any, channels: int) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from jobs import benchmark
 from pipeline.benchmarks.eager import MOMENTUM, RATE, EagerClassifier
-from pipeline.benchmarks.plot import plot_cost
+from pipeline.benchmarks.plot import plot_results
 from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.heads import Head
 from pipeline.model.margins import MarginConfig
@@ -78,7 +78,7 @@ def test_the_job_tells_and_writes_its_figures(tmp_path: Path) -> None:
     assert {"cpu", "cores", "memory_bytes", "torch"} <= result["machine"].keys()
     assert "of eager's time" in done.stdout
     picture = tmp_path / "cost.png"
-    plot_cost([target], picture)
+    plot_results([target], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -105,7 +105,7 @@ def test_mistakes_are_told_in_one_line(
 def test_a_file_that_is_no_result_is_not_plotted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     assert benchmark.main(["plot", "--out", str(tmp_path / "a.png"), str(tmp_path / "a.json")]) == 2
-    assert "is no result of jobs/benchmark.py classifier" in capsys.readouterr().err
+    assert "is no result of jobs/benchmark.py" in capsys.readouterr().err
 
 
 def test_tables_of_the_docs_are_the_measured_figures() -> None:

@@ -1,0 +1,41 @@
+"""Results in a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """What a person wants to know of a result."""
+    return {"classifier": _classifier, "loader": _loader}[result["benchmark"]](result)
+
+
+def _classifier(result: dict[str, Any]) -> str:
+    lines = [f"{'':<10}{'step':>10}{'forward':>10}{'backward':>10}{'update':>10}{'extra memory':>15}"]
+    for name in result["step_ms"]:
+        times = "".join(
+            f"{result[key][name]:>7.0f} ms" for key in ("step_ms", "forward_ms", "backward_ms", "update_ms")
+        )
+        lines.append(f"{name:<10}{times}{result['extra_bytes'][name] / 1e6:>12,.0f} MB")
+    lines.append(
+        f"weights {result['weight_bytes'] / 1e6:,.0f} MB; a parent costs {result['parent_over_new']:.2f} of a step"
+    )
+    if result["ratio_step"] is not None:
+        lines.append(f"of eager's time {result['ratio_step']:.3f}, of its extra memory {result['ratio_extra']:.4f}")
+    lines.append(
+        f"extra memory {result['extra_over_weights']:.1%} of the weights; "
+        f"{result['flops_per_s'] / 1e9:,.0f} GFLOP/s, {result['fraction_of_matmul']:.0%} of a large matrix product; "
+        f"{result['bytes_per_s'] / 1e9:,.1f} GB/s, {result['fraction_of_copy']:.0%} of a large copy"
+    )
+    return "\n".join(lines)
+
+
+def _loader(result: dict[str, Any]) -> str:
+    lines = [f"{'':<16}{'images/s':>10}{'CPU ms/image':>14}"]
+    for way, speed in result["images_per_s"].items():
+        lines.append(f"{way:<16}{speed:>10,.0f}{result['cpu_ms_per_image'][way]:>14.3f}")
+    lines.append(
+        f"of DALI's decoding alone {result['ratio_decode']:.2f}, of its reader {result['ratio_reader']:.2f}; "
+        f"{result['ratio_pil']:.2f} times WebDataset with Pillow"
+    )
+    return "\n".join(lines)
