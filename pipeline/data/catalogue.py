@@ -57,7 +57,7 @@ class Catalogue:
         edges = np.searchsorted(self.starts, np.arange(0, len(self.records), WINDOW))
         for first, stop in zip(edges, [*edges[1:], len(self.starts) - 1], strict=True):
             if first < stop:
-                yield int(first), int(stop), self.records["row"][self.starts[first] : self.starts[stop]].copy()
+                yield int(first), int(stop), np.array(self.records["row"][self.starts[first] : self.starts[stop]])
             mapped.madvise(mmap.MADV_DONTNEED)
 
     @classmethod
