@@ -215,11 +215,11 @@ def resume_step(stored: Mapping[str, object], present: Mapping[str, int | str]) 
         DataError: it was stored of another data set or other identities, or has no step.
         ConfigError: it was stored of another global batch, seed or order.
     """
-    for key in present.keys() - {"step"}:
-        if stored.get(key) != present[key]:
+    for key, value in present.items():
+        if key != "step" and stored.get(key) != value:
             error = DataError if key in OF_THE_DATA else ConfigError
             raise error(
-                f"the checkpoint's batches are of {key} {stored.get(key)!r}, this run's of {present[key]!r}: "
+                f"the checkpoint's batches are of {key} {stored.get(key)!r}, this run's of {value!r}: "
                 f"give the run the checkpoint's {key}, or start anew"
             )
     step = stored.get("step")
