@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.balanced import order_of
 from pipeline.data.decoding import Decoder, NotDecodedError, dali_refuses
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import Ints, OrderConfig, SampleOrder, batch_positions
+from pipeline.data.order import Ints, OrderConfig, batch_positions
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.reading import ShardReader, UndecodableError, Work, pillow_refuses
@@ -125,23 +126,29 @@ class TrainingLoader:
         start_step: int = 0,
         quarantine: Quarantine | None = None,
     ) -> None:
-        order = order or OrderConfig()
+        order, digest = order or OrderConfig(), manifest.digest
         self._manifest, self._device = manifest, torch.device(device)
         self._preprocess, self._augment, self._seed = preprocess, augment, seed
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         rank_batch = len(batch_positions(0, global_batch, rank, world_size))
-        # a batch may read the end of one block and the start of the next
-        self._reader = ShardReader(folder, manifest, _labels(manifest, identities), limit=2 * order.block_shards)
-        self._order = SampleOrder(self._reader.sizes(), manifest.digest, seed, order.block_shards)
+        self._reader = ShardReader(folder, manifest, _labels(manifest, identities), limit=order.open_shards)
+        self._order = order_of(self._reader.selection, order, digest, seed, global_batch)
         self._decoder = Decoder(preprocess, augment, seed, rank_batch, threads, self._device)
         self._step, self._quarantine = start_step, quarantine
         self._iterating = False
         self.samples = self._order.samples
+        self._made_of: dict[str, int | str] = {
+            "manifest": digest,
+            "identities": identities.digest,
+            "global_batch": global_batch,
+            "seed": seed,
+            "order": order.rule,
+        }
 
     @property
     def state(self) -> dict[str, int | str]:
-        """What a checkpoint keeps: the number of the next batch, and what makes batches the same again."""
-        return {"step": self._step, "manifest": self._manifest.digest, "global_batch": self._global_batch}
+        """What a checkpoint keeps: the number of the next batch, and what `resume_step` compares."""
+        return {"step": self._step, **self._made_of}
 
     def __iter__(self) -> Iterator[Batch]:
         assert not self._iterating, "one iteration at a time: they would share the open shards; close the other first"
@@ -162,6 +169,7 @@ class TrainingLoader:
     def _read(self, step: int) -> Work:
         """Read this rank's part of a global batch and draw its augmentation."""
         positions_B = batch_positions(step, self._global_batch, self._rank, self._world_size)
+        self._reader.expect(self._order.shards_ahead(positions_B))
         work = self._reader.read(step, *self._sound_samples(positions_B))
         return replace(work, draws=draw_parameters(self._augment, self._preprocess, self._seed, positions_B))
 

@@ -4,14 +4,18 @@ Shards are permuted, taken in blocks of `block_shards`, and the samples of a blo
 that a reader needs one block of shards at hand (two at a block's edge). The orders of all epochs stand end to
 end: position p is place p % samples of epoch p // samples, and global batch t is positions [t * B, (t + 1) * B).
 Nothing is dropped and no batch is short: a batch may hold the end of one epoch and the start of the next.
+
+The other order, of so many identities with so many images each, is in `balanced.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +26,54 @@ from pipeline.model.rows import batch_parts
 from pipeline.schema import Config
 
 Ints = npt.NDArray[np.int64]
+SCATTERED_FILES = 256  # open at once where samples come from all over the shards; systems often allow 1024
+OF_THE_DATA = frozenset({"manifest", "identities"})  # keys of a loader's state that are no setting
+
+
+class BalancedConfig(Config):
+    """The make-up of a batch: global_batch = identities * images."""
+
+    identities: int = Field(ge=1, description="different identities of a global batch")
+    images: int = Field(ge=1, description="images of each of them")
 
 
 class OrderConfig(Config):
-    """How far the order mixes."""
+    """Which samples come together."""
 
     block_shards: int = Field(16, ge=1, description="shards whose samples are mixed with each other, and read at once")
+    balanced: BalancedConfig | None = Field(
+        None, description="so many identities with so many images in each batch, read from all over the shards"
+    )
+
+    @property
+    def rule(self) -> str:
+        """All that shapes the order, in words: what a checkpoint remembers."""
+        if self.balanced is None:
+            return f"mixed in blocks of {self.block_shards} shards"
+        return f"{self.balanced.identities} identities x {self.balanced.images} images"
+
+    @property
+    def open_shards(self) -> int:
+        """Files that a reader holds open: a batch may read the end of one block and the start of the next."""
+        return 2 * self.block_shards if self.balanced is None else SCATTERED_FILES
+
+
+class Order(Protocol):
+    """An endless order of samples; a sample is (shard, place among the shard's samples that take part).
+
+    Attributes:
+        samples: positions of an epoch.
+    """
+
+    samples: int
+
+    def samples_at(self, positions: Ints) -> tuple[Ints, Ints]:
+        """(B,) shards and (B,) places of the (B,) positions, which are at least 0, in any order."""
+        ...
+
+    def shards_ahead(self, positions: Ints) -> Ints:
+        """Shards of a batch's positions and of those soon after, the first needed first; some may stand twice."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +129,28 @@ class SampleOrder:
             shards[in_epoch], places[in_epoch] = self._samples_of_epoch(epoch, within[in_epoch])
         return shards, places
 
+    def shards_ahead(self, positions: Ints) -> Ints:
+        """Find the shards that are read for `positions` or soon after: their blocks, and the block that follows.
+
+        Args:
+            positions: (B,) of one batch.
+
+        Returns:
+            (W,) shards, block after block; none without a sample that takes part.
+        """
+        position, last = int(positions.min()), int(positions.max())
+        windows: list[Ints] = []
+        beyond = False
+        while not beyond:
+            beyond = position > last
+            epoch, within = divmod(position, self.samples)
+            order = self._epoch(epoch)
+            block = (int(np.searchsorted(order.starts, within, side="right")) - 1) // self._block_shards
+            window = order.shards[block * self._block_shards :][: self._block_shards]
+            windows.append(window[self._sizes[window] > 0])
+            position = epoch * self.samples + int(order.starts[block * self._block_shards + len(window)])
+        return np.concatenate(windows)
+
     def _samples_of_epoch(self, epoch: int, within: Ints) -> tuple[Ints, Ints]:
         """Shards and places of the places `within` one epoch."""
         order = self._epoch(epoch)
@@ -106,14 +174,18 @@ class SampleOrder:
         return self._permutation(int(starts[-1] - starts[0]), f"{epoch}:block:{block}")
 
     def _permutation(self, count: int, what: str) -> Ints:
-        """Permute range(count) by sorting a Philox stream keyed by what is permuted.
+        return keyed_permutation(count, f"order:{self._digest}:{self._seed}:{what}")
 
-        NumPy promises the raw bits of a bit generator for good, but not what Generator.permutation makes of
-        them: with the sort, an upgrade of NumPy in the middle of a run does not change its batches.
-        """
-        key = hashlib.sha256(f"order:{self._digest}:{self._seed}:{what}".encode()).digest()[:16]
-        bits = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64)).random_raw(count)
-        return np.argsort(bits, kind="stable")
+
+def keyed_permutation(count: int, key: str) -> Ints:
+    """Permute range(count) by sorting a Philox stream keyed by what is permuted.
+
+    NumPy promises the raw bits of a bit generator for good, but not what Generator.permutation makes of
+    them: with the sort, an upgrade of NumPy in the middle of a run does not change its batches.
+    """
+    digest = hashlib.sha256(key.encode()).digest()[:16]
+    bits = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(count)
+    return np.argsort(bits, kind="stable")
 
 
 def batch_positions(step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Ints:
@@ -130,3 +202,27 @@ def batch_positions(step: int, global_batch: int, rank: int = 0, world_size: int
         )
     edges = [0, *accumulate(batch_parts(global_batch, world_size))]
     return np.arange(edges[rank], edges[rank + 1], dtype=np.int64) + step * global_batch
+
+
+def resume_step(stored: Mapping[str, object], present: Mapping[str, int | str]) -> int:
+    """Find the step to go on from, once it is sure that its batches are those of the run that stored the state.
+
+    Args:
+        stored: state of the loader that a checkpoint holds.
+        present: state of the loader that is to go on.
+
+    Raises:
+        DataError: it was stored of another data set or other identities, or has no step.
+        ConfigError: it was stored of another global batch, seed or order.
+    """
+    for key, value in present.items():
+        if key != "step" and stored.get(key) != value:
+            error = DataError if key in OF_THE_DATA else ConfigError
+            raise error(
+                f"the checkpoint's batches are of {key} {stored.get(key)!r}, this run's of {value!r}: "
+                f"give the run the checkpoint's {key}, or start anew"
+            )
+    step = stored.get("step")
+    if type(step) is not int or step < 0:
+        raise DataError(f"the checkpoint's state has step {step!r}, not a count; take an earlier checkpoint")
+    return step

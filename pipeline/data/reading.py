@@ -1,4 +1,8 @@
-"""Reading samples from shards by (shard, place), and saying which of them are broken."""
+"""Reading samples from shards by (shard, place), and saying which of them are broken.
+
+What a reader knows of a sample it looks up in the mapped catalogue when the sample is read: opening a data set of a
+hundred million samples costs what its hundred thousand shards cost.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,23 @@ import os
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarInfo
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
+from pipeline.data.catalogue import Catalogue, Selection
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints
 from pipeline.data.preprocess import Draws
-from pipeline.data.shards import ShardIndex, index_path
 from pipeline.errors import DataError
 from pipeline.identities import NO_ROW
 
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)  # as Pillow raises
-INDICES = 256  # parsed indices kept, about 80 KB each at 4,096 samples a shard; opening a block should not stall
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,41 @@ class Work:
     draws: Draws | None = None
 
 
-@dataclass(frozen=True)
-class _OpenShard:
-    """One shard's file, and where its samples that take part stand in it."""
+class ShardFiles(Protocol):
+    """Where the tars come from: a folder, or a cache before a remote store."""
 
-    file: int
-    offsets: Ints
-    sizes: Ints
-    labels: Ints
+    def local(self, name: str) -> Path:
+        """Path of a whole shard on this machine; waits for it.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+        ...
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Begin to fetch shards that will be asked for, the first needed first; returns at once."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Take note that a shard is not needed now."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The tars of a folder, which need no fetching."""
+
+    folder: Path
+
+    def local(self, name: str) -> Path:
+        """Path of a shard, whether it is there or not."""
+        return self.folder / name
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Nothing: they are here."""
+
+    def release(self, name: str) -> None:
+        """Nothing: they stay."""
 
 
 def pillow_refuses(raw: bytes) -> str | None:
@@ -84,87 +114,101 @@ def pillow_refuses(raw: bytes) -> str | None:
 class ShardReader:
     """Reads samples by (shard, place), holding at most `limit` shards open.
 
+    Attributes:
+        selection: the samples that take part.
+
     Args:
         folder: of the data set.
         manifest: of the data set.
         rows: (C_manifest,) label of each of the manifest's identities, NO_ROW for those that take no part.
         limit: shards open at once.
+        files: where the tars come from; the folder if not given.
+
+    Raises:
+        DataError: the catalogue is missing, or not of this manifest.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, rows: Ints, limit: int) -> None:
-        self._folder, self._manifest, self._rows, self._limit = folder, manifest, rows, limit
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._index = lru_cache(maxsize=INDICES)(self._load_index)
+    def __init__(
+        self, folder: Path, manifest: Manifest, rows: Ints, limit: int, files: ShardFiles | None = None
+    ) -> None:
+        assert limit > 0, "a shard is open while it is read"
+        self._shards, self._labels, self._limit = manifest.shards, rows, limit
+        self._files = files or FolderFiles(folder)
+        samples = np.fromiter((entry.samples for entry in manifest.shards), np.int64, count=len(manifest.shards))
+        self.selection = Selection(Catalogue.load(folder, samples), rows != NO_ROW)
+        self._open: OrderedDict[int, int] = OrderedDict()  # files by shard, the one used last at the end
+        self._ahead: dict[int, None] = {}  # shards asked for, the first needed first
 
-    def sizes(self) -> Ints:
-        """(S,) samples of each shard that take part; reads every index only if some identity does not."""
-        entries = self._manifest.shards
-        if (self._rows != NO_ROW).all():
-            return np.array([entry.samples for entry in entries], np.int64)
-        counts = ((self._rows[self._index(shard).rows] != NO_ROW).sum() for shard in range(len(entries)))
-        return np.fromiter(counts, np.int64, count=len(entries))
+    def expect(self, shards: Ints) -> None:
+        """Ask for the shards that are read now and soon, and let go of all others.
+
+        Args:
+            shards: (W,) in the order of need; some may stand twice.
+        """
+        before, self._ahead = self._ahead, dict.fromkeys(shards.tolist())
+        for shard in (before | dict.fromkeys(self._open)).keys() - self._ahead.keys():
+            self._let_go(shard)
+        if fresh := [self._shards[shard].name for shard in self._ahead if shard not in before]:
+            self._files.prefetch(fresh)
 
     def read(self, step: int, shards_B: Ints, places_B: Ints) -> Work:
         """Read the samples at (shard, place among those that take part).
 
         Raises:
-            DataError: a shard is missing or shorter than its index says.
+            DataError: a shard is missing, not of the size that was packed, or shorter than the catalogue says.
         """
-        labels_B, raws = np.empty(len(shards_B), np.int64), [b""] * len(shards_B)
+        records_B = self.selection.records_at(shards_B, places_B)
+        offsets_B, sizes_B = records_B["offset"].tolist(), records_B["size"].tolist()
+        raws = [b""] * len(shards_B)
         for shard in np.unique(shards_B).tolist():
-            view, in_shard = self._view(shard), np.flatnonzero(shards_B == shard)
-            places = places_B[in_shard]
-            labels_B[in_shard] = view.labels[places]
-            spans = zip(in_shard.tolist(), view.offsets[places].tolist(), view.sizes[places].tolist(), strict=True)
-            for slot, offset, size in spans:
-                raws[slot] = os.pread(view.file, size, offset)
-                if len(raws[slot]) != size:
-                    raise DataError(f"shard {self._path(shard)} ends before its index says; pack or fetch it again")
-        return Work(step, shards_B, places_B, labels_B, raws)
+            file = self._file(shard)
+            for slot in np.flatnonzero(shards_B == shard).tolist():
+                raws[slot] = os.pread(file, sizes_B[slot], offsets_B[slot])
+                if len(raws[slot]) != sizes_B[slot]:
+                    name = self._shards[shard].name
+                    raise DataError(f"shard {name} ends before its catalogue says; pack or fetch it again")
+        return Work(step, shards_B, places_B, self._labels[records_B["row"]], raws)
 
     def bad_samples(self, work: Work, refuses: Callable[[bytes], str | None]) -> list[BadSample]:
         """Those samples of a batch that a decoder refuses; it is asked with the bytes, and answers with the reason."""
         bad = []
-        for shard, place, raw in zip(work.shards_B.tolist(), work.places_B.tolist(), work.raws, strict=True):
+        offsets = self.selection.records_at(work.shards_B, work.places_B)["offset"].tolist()
+        for shard, place, offset, raw in zip(
+            work.shards_B.tolist(), work.places_B.tolist(), offsets, work.raws, strict=True
+        ):
             reason = refuses(raw)
             if reason is not None:
-                view = self._view(shard)
-                header = os.pread(view.file, BLOCKSIZE, int(view.offsets[place]) - BLOCKSIZE)
+                header = os.pread(self._file(shard), BLOCKSIZE, offset - BLOCKSIZE)
                 key = TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-                bad.append(BadSample(self._manifest.shards[shard].name, place, key, reason))
+                bad.append(BadSample(self._shards[shard].name, place, key, reason))
         return bad
 
     def close(self) -> None:
-        """Close every file."""
-        while self._open:
-            os.close(self._open.popitem()[1].file)
+        """Close every file, and let go of every shard."""
+        self.expect(np.empty(0, np.int64))
 
-    def _path(self, shard: int) -> Path:
-        return self._folder / self._manifest.shards[shard].name
-
-    def _load_index(self, shard: int) -> ShardIndex:
-        path = self._path(shard)
-        index = ShardIndex.load(path, index_path(path), len(self._rows))
-        if len(index.rows) != self._manifest.shards[shard].samples:
-            raise DataError(
-                f"index of shard {path} lists {len(index.rows)} samples, the manifest "
-                f"{self._manifest.shards[shard].samples}; restore both or pack the data again"
-            )
-        return index
-
-    def _view(self, shard: int) -> _OpenShard:
+    def _file(self, shard: int) -> int:
         """Open a shard, or find it open."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         if len(self._open) == self._limit:
-            os.close(self._open.popitem(last=False)[1].file)
-        index = self._index(shard)
-        labels = self._rows[index.rows]
-        chosen = np.flatnonzero(labels != NO_ROW)
+            self._let_go(next(iter(self._open)))
+        entry = self._shards[shard]
+        path = self._files.local(entry.name)
         try:
-            file = os.open(self._path(shard), os.O_RDONLY)
+            file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"shard {self._path(shard)} cannot be opened: {error.strerror}; fetch it again") from None
-        self._open[shard] = _OpenShard(file, index.offsets[chosen], index.sizes[chosen], labels[chosen])
-        return self._open[shard]
+            raise DataError(f"shard {path} cannot be opened: {error.strerror}; fetch it again") from None
+        if (size := os.fstat(file).st_size) != entry.bytes:
+            os.close(file)
+            raise DataError(f"shard {path} has {size} bytes, not {entry.bytes}: it changed; pack or fetch it again")
+        self._open[shard] = file
+        return file
+
+    def _let_go(self, shard: int) -> None:
+        """Close a shard if it is open, and release it unless it is needed soon."""
+        if (file := self._open.pop(shard, None)) is not None:
+            os.close(file)
+        if shard not in self._ahead:
+            self._files.release(self._shards[shard].name)
