@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.sources_eval import BinSource, BinSourceConfig
+from pipeline.data.sources_eval.pickled import STAND_INS
 from pipeline.errors import DataError
 from tests.unit.eval_sets import encode, put, samples_of
 
@@ -127,13 +128,11 @@ def test_no_other_name_is_resolved(tmp_path: Path, call: tuple[Any, ...]) -> Non
 
 
 def test_a_pickle_cannot_change_what_later_files_are_read_with(tmp_path: Path) -> None:
-    # BUILD with (None, {name: value}) sets an attribute of whatever stands on the stack: here of numpy.ndarray.
-    tamper = b"\x80\x02cnumpy\nndarray\nN}X\x07\x00\x00\x00_scalarNs\x86b."
-    tamper_state = b"\x80\x02cnumpy\nndarray\nN}X\x04\x00\x00\x00_fillcnumpy\ndtype\ns\x86b."
-    for number, raw in enumerate((tamper, tamper_state)):
-        put(tmp_path / f"{number}.bin", raw)
-        with pytest.raises(DataError):
-            source(tmp_path / f"{number}.bin")
+    # BUILD with (None, {name: value}) sets an attribute of what stands on the stack: here of the answer to a name.
+    put(tmp_path / "evil.bin", b"\x80\x02c_codecs\nencode\nN}X\x04\x00\x00\x00markK\x01s\x86b.")
+    with pytest.raises(DataError, match="does not hold two lists"):
+        source(tmp_path / "evil.bin")
+    assert not any(hasattr(stand_in, "mark") for stand_in in STAND_INS.values())
     put(tmp_path / "good.bin", IN_THE_WILD["arrays, protocol 4"])
     assert len(samples_of(source(tmp_path / "good.bin"), tmp_path)) == 6
 

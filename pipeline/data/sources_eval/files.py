@@ -39,7 +39,7 @@ def read_text_table(
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except (pa.ArrowInvalid, KeyError) as error:
-        reason = " ".join(str(error).strip("'").split()).replace("Row #", "row ")
+        reason = " ".join(str(error.args[0]).split()).replace("Row #", "row ")
         raise DataError(f"{path} is malformed: {reason}; mend that file") from None
 
 

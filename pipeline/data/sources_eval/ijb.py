@@ -166,21 +166,21 @@ class IjbSource:
 
     def _identities_of_images(self) -> pa.Array:
         """(N,) identity of each image: its subject or, where that is not known, its template."""
-        known = pa.table({"template": pc.unique(self._templates["template"])})
-        names = pc.binary_join_element_wise("template", pc.cast(known["template"], pa.string()), "-")
+        templates, files = self._templates["template"], self._templates["file"]
+        subjects = pa.nulls(len(templates), pa.string())
         if self._roles is not None:
-            places = pc.index_in(known["template"], value_set=self._roles["template"])
-            names = pc.coalesce(pc.take(self._roles["subject"], places), names)
-        of_row = pc.take(names, pc.index_in(self._templates["template"], value_set=known["template"]))
-        first = pc.index_in(self._images["file"], value_set=self._templates["file"])
-        identities = pc.take(of_row, first)
-        again = pc.take(identities, pc.index_in(self._templates["file"], value_set=self._images["file"]))
-        if self._roles is not None and (other := np.flatnonzero(pc.not_equal(of_row, again).to_numpy())).size:
-            row = int(other[0])
+            subjects = pc.take(self._roles["subject"], pc.index_in(templates, value_set=self._roles["template"]))
+        first = pc.index_in(files, value_set=files)  # a file's first row; the others are of further templates
+        other = pc.fill_null(pc.not_equal(subjects, pc.take(subjects, first)), False)
+        if (row := pc.index(other, True).as_py()) >= 0:
             raise DataError(
-                f"{self._meta('face_tid_mid.txt')}: row {row + 1} gives {self._templates['file'][row].as_py()!r} to "
-                f"subject {of_row[row].as_py()!r}, an earlier row to {again[row].as_py()!r}; an image has one subject"
+                f"{self._meta('face_tid_mid.txt')}: row {row + 1} gives {files[row].as_py()!r} to subject "
+                f"{subjects[row].as_py()!r}, an earlier row to another; an image has one subject"
             )
+        identities = pc.coalesce(
+            subjects, pc.binary_join_element_wise("template", pc.cast(templates, pa.string()), "-")
+        )
+        identities = pc.take(identities, pc.index_in(self._images["file"], value_set=files))
         return identities.combine_chunks()
 
 
