@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.compat.parents import parent_part
@@ -27,6 +27,7 @@ from pipeline.identities import (
     union,
 )
 
+untimed = settings(deadline=None)
 tables = st.lists(st.text("abcde", min_size=1, max_size=3), min_size=1, max_size=20, unique=True).map(
     lambda keys: IdentityTable(tuple(keys))
 )
@@ -68,6 +69,7 @@ def test_table_round_trips_and_broken_files_are_told(tmp_path: Path) -> None:
         IdentityTable.load(tmp_path / "other.parquet")
 
 
+@untimed
 @given(tables, tables)
 def test_alignment_is_by_key(old: IdentityTable, new: IdentityTable) -> None:
     alignment = align(old, new)
@@ -78,6 +80,7 @@ def test_alignment_is_by_key(old: IdentityTable, new: IdentityTable) -> None:
     assert (np.diff(alignment.new_rows[alignment.kept]) > 0).all()
 
 
+@untimed
 @given(tables, tables, st.integers(1, 5))
 def test_ranks_share_out_a_parent_by_the_new_rows(old: IdentityTable, new: IdentityTable, world_size: int) -> None:
     part = -(-len(new) // world_size)
@@ -99,6 +102,7 @@ def spaced(keys: tuple[str, ...], namespace: str) -> IdentityTable:
     return IdentityTable(keys).in_namespace(namespace)
 
 
+@untimed
 @given(st.lists(st.text("ab\n\u00e9\U0001f600", max_size=4), min_size=1, max_size=20))
 def test_a_table_is_its_keys(keys: list[str]) -> None:
     table = IdentityTable.from_keys(keys)
@@ -115,6 +119,7 @@ def test_a_pickled_table_is_its_column_alone() -> None:
     assert len(pickle.dumps(table)) == before < 1000 * (12 + 8) + 1000
 
 
+@untimed
 @given(tables, st.lists(st.text("abcdef", max_size=3), max_size=30))
 def test_rows_are_looked_up_by_key_however_often_it_is_asked_for(table: IdentityTable, keys: list[str]) -> None:
     expected = [table.keys.index(key) if key in table.keys else NO_ROW for key in keys]
@@ -132,6 +137,7 @@ def test_tables_of_many_chunks_keep_their_digest_subset_and_split() -> None:
     assert abs(len(held_out) / len(table) - 0.25) < 0.005
 
 
+@untimed
 @given(
     st.sets(st.text("abcdefgh", max_size=6), min_size=60, max_size=100),
     st.sets(st.text("ijkl", max_size=6), max_size=30),
@@ -172,6 +178,7 @@ def test_bare_keys_are_not_joined_unsaid(join: object) -> None:
             join(a, b)
 
 
+@untimed
 @given(tables, tables)
 def test_said_to_be_the_same_equal_keys_are_one_identity(a: IdentityTable, b: IdentityTable) -> None:
     assert union(a, b, keys="same") == union(b, a, keys="same") == IdentityTable.from_keys(a.keys + b.keys)
@@ -184,6 +191,7 @@ def test_said_to_be_the_same_equal_keys_are_one_identity(a: IdentityTable, b: Id
             intersection(a, b, keys="same")
 
 
+@untimed
 @given(tables, tables)
 def test_said_to_be_distinct_equal_bare_keys_are_never_taken_for_one(a: IdentityTable, b: IdentityTable) -> None:
     assert len(align_across(a, b, keys="distinct").kept) == 0
@@ -194,6 +202,7 @@ def test_said_to_be_distinct_equal_bare_keys_are_never_taken_for_one(a: Identity
         assert set(union(a, b, keys="distinct").keys) == {*a.keys, *b.keys}
 
 
+@untimed
 @given(tables, tables, st.sampled_from([None, "same"]))
 def test_namespaces_say_it_all(a: IdentityTable, b: IdentityTable, keys: Literal["same"] | None) -> None:
     faces, more, others = a.in_namespace("faces"), b.in_namespace("faces"), b.in_namespace("others")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -99,7 +100,7 @@ class QueryGallerySource:
         """What is equal for images that are not compared."""
         if not group:
             return folder_key(path)
-        return group if self.config.not_compared == "group" else f"{identity}/{group}"
+        return group if self.config.not_compared == "group" else json.dumps([identity, group], ensure_ascii=False)
 
     def _check(self) -> None:
         """Refuse empty cells, unknown roles and rows that stand twice."""
