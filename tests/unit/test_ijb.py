@@ -180,3 +180,10 @@ def test_a_crop_that_vanishes_is_told(tmp_path: Path) -> None:
         source.fingerprint()
     with pytest.raises(DataError, match=r"image .*3\.jpg cannot be read: No such file"):
         [sample for part in source.parts() for sample in source.read(part)]
+
+
+def test_rows_are_counted_past_what_is_parsed_at_once(tmp_path: Path) -> None:
+    config = build(tmp_path)
+    put(tmp_path / "meta" / "ijbc_template_pair_label.txt", "11 12 0\n" * 300_000 + "11 12\n")
+    with pytest.raises(DataError, match="label.txt is malformed: .*row 300001: Expected 3 columns, got 2"):
+        IjbSource(config).protocol()
