@@ -84,7 +84,7 @@ class IdentityTable:
 
     @cached_property
     def row_of_key(self) -> dict[str, int]:
-        """Row of each key, 160 bytes each with the strings, and kept: for small tables; `rows_of` looks many keys up in a large one."""
+        """Row of each key, 160 bytes each with `keys`, and kept: for small tables; of large ones ask `rows_of`."""
         return {key: row for row, key in enumerate(self.keys)}
 
     @cached_property

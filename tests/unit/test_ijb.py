@@ -185,5 +185,5 @@ def test_a_crop_that_vanishes_is_told(tmp_path: Path) -> None:
 def test_rows_are_counted_past_what_is_parsed_at_once(tmp_path: Path) -> None:
     config = build(tmp_path)
     put(tmp_path / "meta" / "ijbc_template_pair_label.txt", "11 12 0\n" * 300_000 + "11 12\n")
-    with pytest.raises(DataError, match="label.txt is malformed: .*row 300001: Expected 3 columns, got 2"):
+    with pytest.raises(DataError, match=r"label\.txt is malformed: .*row 300001: Expected 3 columns, got 2"):
         IjbSource(config).protocol()
