@@ -25,7 +25,7 @@ from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_param
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.reading import ShardReader, UndecodableError, Work, pillow_refuses
 from pipeline.errors import DataError
-from pipeline.identities import IdentityTable
+from pipeline.identities import NO_ROW, IdentityTable
 
 REPLACEMENT_STRIDE = 7919  # places in the epoch from a sample in quarantine to its replacement; a prime
 READ_AHEAD = 2  # batches read before DALI asks for them
@@ -194,13 +194,13 @@ class TrainingLoader:
 def _labels(manifest: Manifest, identities: IdentityTable) -> Ints:
     """(C_manifest,) row of each of the manifest's identities in the run's table, NO_ROW for those left out."""
     there = manifest.identities()
-    missing = [key for key in identities.keys if key not in there.row_of_key]
-    if missing:
+    missing = np.flatnonzero(there.rows_of(identities.column) == NO_ROW)
+    if len(missing):
         raise DataError(
-            f"{len(missing)} identities of the run are not in the data set, such as {missing[0]!r}; "
-            "choose the identities from the data set that is trained on"
+            f"{len(missing)} identities of the run are not in the data set, such as "
+            f"{identities.column[int(missing[0])].as_py()!r}; choose the identities from the data set that is trained on"
         )
-    return identities.rows_of(there.keys)
+    return identities.rows_of(there.column)
 
 
 def iterate_images(
