@@ -208,6 +208,7 @@ def _filesystem(url: str, config: StoreConfig) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if protocol in ("s3", "s3a"):
+        options["max_concurrency"] = 1  # one request a file
         seconds = {"read_timeout": config.timeout_s, "connect_timeout": config.timeout_s}
         options["config_kwargs"] = {**seconds, "retries": {"mode": "standard", "total_max_attempts": 1}}
     elif protocol in ("http", "https"):
