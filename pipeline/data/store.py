@@ -160,11 +160,11 @@ class RemoteStore:
         with self._guard:
             fresh = [name for name in names if name not in self._pins and name not in self._ahead]
             self._ahead.update(fresh)
+            while fresh and len(self._workers) < self._config.threads:
+                self._workers.append(threading.Thread(target=self._work, name="shard-prefetch", daemon=True))
+                self._workers[-1].start()
         for name in fresh:
             self._queue.put(name)
-        while fresh and len(self._workers) < self._config.threads:
-            self._workers.append(threading.Thread(target=self._work, name="shard-prefetch", daemon=True))
-            self._workers[-1].start()
 
     def release(self, name: str) -> None:
         """Let go of a shard, or of the wish for it; it stays in the cache until its room is needed."""

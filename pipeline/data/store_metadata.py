@@ -92,17 +92,19 @@ def _fetch(remote: Remote, path: Path, fetch: Callable[[BinaryIO], object], is_r
     if path.exists():
         return
     part = path.with_name(f".{path.name}.part")
-    for pause in remote.pauses():
-        with part.open("wb") as stream:
-            fetch(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if is_right(part):
-            part.replace(path)
-            return
-        if pause is not None:
-            remote.pause(pause)
-    part.unlink()
+    try:
+        for pause in remote.pauses():
+            with part.open("wb") as stream:
+                fetch(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            if is_right(part):
+                part.replace(path)
+                return
+            if pause is not None:
+                remote.pause(pause)
+    finally:
+        part.unlink(missing_ok=True)
     raise DataError(f"{path.name} at {remote.url} is not the manifest's, however often fetched; upload both again")
 
 
