@@ -18,7 +18,8 @@ import pytest
 import s3fs  # type: ignore[import-untyped]
 
 from pipeline.data.manifest import Manifest
-from pipeline.data.store import LocalStore, RemoteStore, open_store
+from pipeline.data.store import LocalStore, open_store
+from pipeline.data.store_cached import RemoteStore
 from pipeline.data.store_metadata import fetch_metadata
 from pipeline.data.store_remote import RANGE, Remote, StoreConfig
 from pipeline.data.verify import verify
@@ -34,7 +35,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from types import SimpleNamespace
-from pipeline.data.store import RemoteStore
+from pipeline.data.store_cached import RemoteStore
 from pipeline.data.store_remote import StoreConfig
 folder, url, cache, name = sys.argv[1:]
 shards = [SimpleNamespace(**entry) for entry in json.loads(Path(folder, "manifest.json").read_text())["shards"]]
