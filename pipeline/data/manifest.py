@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from pipeline.data.shards import index_path
+from pipeline.data.verify import verify
 from pipeline.errors import DataError
-from pipeline.files import file_sha256, write_json
+from pipeline.files import write_json
 from pipeline.identities import IdentityTable
 from pipeline.schema import Config, digest_json
 
@@ -19,7 +19,6 @@ IDENTITIES = "identities.parquet"
 FORMAT = 1
 HEX = r"^[0-9a-f]{64}$"
 PACK = "run jobs/pack.py to pack a data set there"
-CHANGED = "it was changed after packing; pack again or restore it"
 
 
 class ShardEntry(Config):
@@ -102,24 +101,12 @@ class Manifest(Config):
         return table
 
     def verify(self, digests: bool) -> None:
-        """Check that the data set is the one that was packed.
+        """Check that the data set, in its folder, is the one that was packed: `pipeline.data.verify.verify`.
 
         Args:
-            digests: read every byte; if not, existence and sizes are checked.
+            digests: read every byte of every tar.
 
         Raises:
             DataError: names the first file that is missing or changed.
         """
-        self.identities()
-        for entry in self.shards:
-            tar = self.folder / entry.name
-            for path in (tar, index_path(tar)):
-                if not path.is_file():
-                    raise DataError(f"shard {path} is missing; restore it, or delete the folder and pack again")
-            if (size := tar.stat().st_size) != entry.bytes:
-                raise DataError(f"shard {tar} has {size} bytes, not {entry.bytes}: {CHANGED}")
-            if not digests:
-                continue
-            for path, expected in ((tar, entry.tar_sha256), (index_path(tar), entry.index_sha256)):
-                if file_sha256(path) != expected:
-                    raise DataError(f"shard {path} has another sha256: {CHANGED}")
+        verify(self, "all" if digests else "none")
