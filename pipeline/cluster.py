@@ -7,6 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import ray
@@ -127,6 +128,8 @@ def _worker(arguments: dict[str, Any]) -> None:
 def _train_one(plan: Plan, board: Any) -> None:
     from pipeline.data.loader import TrainingLoader
     from pipeline.data.quarantine import Quarantine
+    from pipeline.data.store import open_store
+    from pipeline.data.store_metadata import metadata_folder
     from pipeline.training.loop import train
     from pipeline.training.trainer import Trainer
 
@@ -135,7 +138,9 @@ def _train_one(plan: Plan, board: Any) -> None:
     threads = max(1, int(config.cluster.cpus_per_worker))
     torch.set_num_threads(threads)
     device = ray.train.torch.get_device()
-    identities, manifest = IdentityTable.load(plan.identities), Manifest.load(plan.data)
+    folder = metadata_folder(plan.data, config.data.store)
+    identities, manifest = IdentityTable.load(plan.identities), Manifest.load(folder)
+    store = open_store(plan.data, manifest, config.data.store)
     trainer = Trainer(
         plan.record.name,
         identities,
@@ -152,7 +157,7 @@ def _train_one(plan: Plan, board: Any) -> None:
 
     def open_loader(start_step: int) -> TrainingLoader:
         return TrainingLoader(
-            plan.data,
+            folder,
             manifest,
             identities,
             config.preprocess,
@@ -165,11 +170,12 @@ def _train_one(plan: Plan, board: Any) -> None:
             threads=threads,
             device=device,
             start_step=start_step,
+            store=store,
             quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
         )
 
     observer = _Observer(plan, board) if dist.get_rank() == 0 else _Silence()
-    with observer:
+    with observer, closing(store):
         train(trainer, open_loader, observer, plan.checkpoints, plan.destination, plan.record, identities)
 
 

@@ -21,7 +21,10 @@ from pipeline.compat.parents import CompatConfig
 from pipeline.data.order import OrderConfig
 from pipeline.data.packing import PackConfig
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
+from pipeline.data.store import is_remote
+from pipeline.data.store_remote import StoreConfig
 from pipeline.data.typefaces import TypefaceConfig
+from pipeline.data.verify import Digests
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compatibility import EvaluationConfig
 from pipeline.model.backbones import BackboneConfig
@@ -47,7 +50,9 @@ def default_home() -> Path:
 class DataConfig(Config):
     """Where the shards are, and how they are made where they are missing."""
 
-    train: Path = Field(Path("data/train"), description="folder of the training shards; relative to home")
+    train: str = Field(
+        "data/train", description="folder of the training shards, relative to home, or a URL: s3://, gs://, https://"
+    )
     test: Path | None = Field(Path("data/test"), description="folder of the held-out shards; none: no evaluation")
     source: Literal["typefaces", "none"] = Field(
         "none", description="typefaces: fetch, render and pack them where missing; none: the shards must be there"
@@ -58,7 +63,10 @@ class DataConfig(Config):
     quarantine_limit: int = Field(
         100, ge=0, description="samples that may turn out not to decode, and are replaced, before the run gives up"
     )
-    verify: bool = Field(True, description="compare every shard's sha256 with the manifest before training")
+    verify: Digests = Field(
+        "all", description="when every shard's sha256 is compared: before training, in the background, or not at all"
+    )
+    store: StoreConfig = StoreConfig()
 
 
 class ClusterConfig(Config):
@@ -140,6 +148,11 @@ class RunConfig(Config):
     def folder(self) -> Path:
         """Of everything that this run writes."""
         return self.home / "runs" / self.name
+
+    @property
+    def train_location(self) -> str:
+        """Absolute folder of the training shards, or their URL."""
+        return self.data.train if is_remote(self.data.train) else str(self.home / self.data.train)
 
     def to_yaml(self) -> str:
         """The resolved config, as it could be written to a file."""

@@ -18,6 +18,7 @@ from pipeline.config import RunConfig, differing_keys
 from pipeline.console import say
 from pipeline.data.manifest import Manifest
 from pipeline.data.quarantine import read_quarantine
+from pipeline.data.store_metadata import metadata_folder
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.generation import RECORD, Generation, GenerationRecord
@@ -45,15 +46,10 @@ class Member:
         """Folder of its training: config, identities, checkpoints."""
         return self.config.folder / "training" / self.name
 
-    @property
-    def data(self) -> Path:
-        """Folder of the training shards."""
-        return self.config.home / self.config.data.train
-
     @cached_property
     def manifest(self) -> Manifest:
         """Of the training shards."""
-        return Manifest.load(self.data)
+        return Manifest.load(metadata_folder(self.config.train_location, self.config.data.store))
 
     @cached_property
     def identities(self) -> IdentityTable:
@@ -142,7 +138,7 @@ class Member:
         return Plan(
             config=self.config,
             record=record,
-            data=self.data,
+            data=self.config.train_location,
             identities=self.workplace / "identities.parquet",
             checkpoints=self.workplace / "checkpoints",
             quarantine=self.workplace / "quarantine",
@@ -154,8 +150,8 @@ class Member:
 
     def _start_run(self) -> str:
         dataset = DatasetInput(
-            name=self.data.name,
-            path=str(self.data),
+            name=self.config.train_location.rstrip("/").rpartition("/")[2],
+            path=self.config.train_location,
             digest=self.manifest.digest,
             samples=self.manifest.samples,
             identities=len(self.identities),

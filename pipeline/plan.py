@@ -9,11 +9,11 @@ from pipeline.generation import GenerationRecord
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a worker needs; paths are absolute and shared by all nodes."""
+    """All that a worker needs; paths are absolute and shared by all nodes. `data` may be a URL."""
 
     config: RunConfig
     record: GenerationRecord
-    data: Path
+    data: str
     identities: Path
     checkpoints: Path
     quarantine: Path

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from pipeline.config import RunConfig
 from pipeline.console import bar, console, say, training_words
 from pipeline.data.manifest import FILE_NAME, Manifest
 from pipeline.data.packing import pack
+from pipeline.data.store import open_store
+from pipeline.data.store_metadata import metadata_folder
 from pipeline.data.typefaces import Split, TypefaceSource
+from pipeline.data.verify import Verification, verify
 from pipeline.evaluation.compatibility import render_table
 from pipeline.family import train_missing
 from pipeline.files import write_json
@@ -44,9 +47,11 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
         shutil.rmtree(config.folder, ignore_errors=True)
     clock = Clock(config.folder / "seconds.json")
     with clock.time("data"):
-        prepare_data(config)
+        checks = prepare_data(config)
     older = older_generations(config, registry)
     generations = older | train_missing(config, registry, lambda plans: train_with_bars(plans, clock))
+    for check in checks:
+        check.wait()  # what the background found
     with clock.time("evaluation"):
         report = evaluate(config, registry, generations)
     report |= {"seconds": clock.seconds, "mlflow": registry.description()}
@@ -61,17 +66,22 @@ def older_generations(config: RunConfig, registry: Registry) -> dict[str, Genera
     return {parent: registry.get(parent).open() for parent in sorted(parents - config.generations.keys())}
 
 
-def prepare_data(config: RunConfig) -> None:
+def prepare_data(config: RunConfig) -> list[Verification]:
     """Make the shards where the config says how, and check them against their manifests.
+
+    Returns:
+        The checks that may go on in the background.
 
     Raises:
         DataError: they are missing, empty, or not the ones that the manifest describes.
     """
-    folders: dict[Split, Path | None] = {"train": config.data.train, "test": config.data.test}
-    for split, relative in folders.items():
-        if relative is None:
+    test = None if config.data.test is None else str(config.home / config.data.test)
+    places: dict[Split, str | None] = {"train": config.train_location, "test": test}
+    checks = []
+    for split, location in places.items():
+        if location is None:
             continue
-        folder = config.home / relative
+        folder = metadata_folder(location, config.data.store)
         if config.data.source == "typefaces" and not (folder / FILE_NAME).is_file():
             cluster.connect()
         if config.data.source == "typefaces":
@@ -79,12 +89,14 @@ def prepare_data(config: RunConfig) -> None:
             with bar(f"pack {split}", len(source.parts()), "parts") as show:
                 pack(source, folder, config.data.pack, lambda done, _, words: show(done, words))
         manifest = Manifest.load(folder)
-        manifest.verify(digests=config.data.verify)
+        with closing(open_store(location, manifest, config.data.store)) as store:
+            checks.append(verify(manifest, config.data.verify, store))
         rejected = sum(manifest.rejects.values())
         say(
             f"{split:<12} {manifest.samples:,} images of {manifest.identities_count:,} identities in "
             f"{len(manifest.shards)} shards, {rejected:,} rejected"
         )
+    return checks
 
 
 def train_with_bars(plans: Sequence[Plan], clock: Clock) -> None:

@@ -7,7 +7,7 @@ batch is a pure function of (data set, seed, step), and a rank's part of it does
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -20,10 +20,11 @@ from torch import Tensor
 from pipeline.data.balanced import order_of
 from pipeline.data.decoding import Decoder, NotDecodedError, dali_refuses
 from pipeline.data.manifest import Manifest
-from pipeline.data.order import Ints, OrderConfig, batch_positions
+from pipeline.data.order import Ints, OrderConfig, batch_positions, resume_step
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.reading import ShardReader, UndecodableError, Work, pillow_refuses
+from pipeline.data.store import ShardFiles
 from pipeline.errors import DataError
 from pipeline.identities import NO_ROW, IdentityTable
 
@@ -100,6 +101,7 @@ class TrainingLoader:
         threads: of the decoder.
         device: "cpu" or "cuda:N": where images are decoded, and left.
         start_step: the first batch's number.
+        store: of the shards; None: they lie in `folder`.
         quarantine: takes the samples that do not decode; each is replaced by another one of its epoch, the same on
             any number of ranks. None: such a sample ends the run.
 
@@ -124,6 +126,7 @@ class TrainingLoader:
         threads: int = 1,
         device: str | torch.device = "cpu",
         start_step: int = 0,
+        store: ShardFiles | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         order, digest = order or OrderConfig(), manifest.digest
@@ -131,7 +134,7 @@ class TrainingLoader:
         self._preprocess, self._augment, self._seed = preprocess, augment, seed
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         rank_batch = len(batch_positions(0, global_batch, rank, world_size))
-        self._reader = ShardReader(folder, manifest, _labels(manifest, identities), limit=order.open_shards)
+        self._reader = ShardReader(folder, manifest, _labels(manifest, identities), order.open_shards, store)
         self._order = order_of(self._reader.selection, order, digest, seed, global_batch)
         self._decoder = Decoder(preprocess, augment, seed, rank_batch, threads, self._device)
         self._step, self._quarantine = start_step, quarantine
@@ -147,8 +150,18 @@ class TrainingLoader:
 
     @property
     def state(self) -> dict[str, int | str]:
-        """What a checkpoint keeps: the number of the next batch, and what `resume_step` compares."""
+        """What a checkpoint keeps: the number of the next batch, and what `load_state` compares."""
         return {"step": self._step, **self._made_of}
+
+    def load_state(self, stored: Mapping[str, object]) -> None:
+        """Go on from where a loader of the same batches stood.
+
+        Raises:
+            DataError: its data set or identities were others.
+            ConfigError: its global batch, seed or order was another.
+        """
+        assert not self._iterating, "a loader takes a state before it is iterated"
+        self._step = resume_step(stored, self.state)
 
     def __iter__(self) -> Iterator[Batch]:
         assert not self._iterating, "one iteration at a time: they would share the open shards; close the other first"
@@ -198,7 +211,8 @@ def _labels(manifest: Manifest, identities: IdentityTable) -> Ints:
     if len(missing):
         raise DataError(
             f"{len(missing)} identities of the run are not in the data set, such as "
-            f"{identities.column[int(missing[0])].as_py()!r}; choose the identities from the data set that is trained on"
+            f"{identities.column[int(missing[0])].as_py()!r}; "
+            "choose the identities from the data set that is trained on"
         )
     return identities.rows_of(there.column)
 

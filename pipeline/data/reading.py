@@ -11,11 +11,10 @@ import os
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarInfo
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,6 +23,7 @@ from pipeline.data.catalogue import Catalogue, Selection
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints
 from pipeline.data.preprocess import Draws
+from pipeline.data.store import LocalStore, ShardFiles
 from pipeline.errors import DataError
 from pipeline.identities import NO_ROW
 
@@ -65,43 +65,6 @@ class Work:
     draws: Draws | None = None
 
 
-class ShardFiles(Protocol):
-    """Where the tars come from: a folder, or a cache before a remote store."""
-
-    def local(self, name: str) -> Path:
-        """Path of a whole shard on this machine; waits for it.
-
-        Raises:
-            DataError: it cannot be had.
-        """
-        ...
-
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Begin to fetch shards that will be asked for, the first needed first; returns at once."""
-        ...
-
-    def release(self, name: str) -> None:
-        """Take note that a shard is not needed now."""
-        ...
-
-
-@dataclass(frozen=True)
-class FolderFiles:
-    """The tars of a folder, which need no fetching."""
-
-    folder: Path
-
-    def local(self, name: str) -> Path:
-        """Path of a shard, whether it is there or not."""
-        return self.folder / name
-
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Nothing: they are here."""
-
-    def release(self, name: str) -> None:
-        """Nothing: they stay."""
-
-
 def pillow_refuses(raw: bytes) -> str | None:
     """Why Pillow does not decode an image, in one line; None if it does."""
     try:
@@ -122,18 +85,18 @@ class ShardReader:
         manifest: of the data set.
         rows: (C_manifest,) label of each of the manifest's identities, NO_ROW for those that take no part.
         limit: shards open at once.
-        files: where the tars come from; the folder if not given.
+        store: of the tars; None: they lie in the folder.
 
     Raises:
         DataError: the catalogue is missing, or not of this manifest.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, rows: Ints, limit: int, files: ShardFiles | None = None
+        self, folder: Path, manifest: Manifest, rows: Ints, limit: int, store: ShardFiles | None = None
     ) -> None:
         assert limit > 0, "a shard is open while it is read"
         self._shards, self._labels, self._limit = manifest.shards, rows, limit
-        self._files = files or FolderFiles(folder)
+        self._store = store or LocalStore(folder)
         samples = np.fromiter((entry.samples for entry in manifest.shards), np.int64, count=len(manifest.shards))
         self.selection = Selection(Catalogue.load(folder, samples), rows != NO_ROW)
         self._open: OrderedDict[int, int] = OrderedDict()  # files by shard, the one used last at the end
@@ -149,7 +112,7 @@ class ShardReader:
         for shard in (before | dict.fromkeys(self._open)).keys() - self._ahead.keys():
             self._let_go(shard)
         if fresh := [self._shards[shard].name for shard in self._ahead if shard not in before]:
-            self._files.prefetch(fresh)
+            self._store.prefetch(fresh)
 
     def read(self, step: int, shards_B: Ints, places_B: Ints) -> Work:
         """Read the samples at (shard, place among those that take part).
@@ -195,7 +158,7 @@ class ShardReader:
         if len(self._open) == self._limit:
             self._let_go(next(iter(self._open)))
         entry = self._shards[shard]
-        path = self._files.local(entry.name)
+        path = self._store.local(entry.name)
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -211,4 +174,4 @@ class ShardReader:
         if (file := self._open.pop(shard, None)) is not None:
             os.close(file)
         if shard not in self._ahead:
-            self._files.release(self._shards[shard].name)
+            self._store.release(self._shards[shard].name)

@@ -15,11 +15,8 @@ if TYPE_CHECKING:  # the manifest's verification reads through a store
     from pipeline.data.manifest import Manifest
 
 
-class ShardStore(Protocol):
-    """The shards of one data set, by file name. Threads may share a store."""
-
-    location: str  # folder or URL, for messages
-    checks_sha256: bool  # whether `local` gives only files whose sha256 was found to be the manifest's
+class ShardFiles(Protocol):
+    """Shards by file name, as a reader asks for them."""
 
     def local(self, name: str) -> Path:
         """Return where a shard stands on the local disk, whole; it stays there until it is released.
@@ -36,6 +33,13 @@ class ShardStore(Protocol):
     def release(self, name: str) -> None:
         """Say that a shard is not needed now; an open file of it can still be read."""
         ...
+
+
+class ShardStore(ShardFiles, Protocol):
+    """The shards of one data set, and what verification asks of them. Threads may share a store."""
+
+    location: str  # folder or URL, for messages
+    checks_sha256: bool  # whether `local` gives only files whose sha256 was found to be the manifest's
 
     def sizes(self, names: Sequence[str]) -> dict[str, int]:
         """Bytes of those of the shards that are there, by name.
@@ -92,6 +96,11 @@ class LocalStore:
         """Do nothing: nothing is held."""
 
 
+def is_remote(location: str) -> bool:
+    """Whether shards have to be fetched from there."""
+    return "://" in location and not location.startswith("file://")
+
+
 def open_store(location: str, manifest: Manifest, config: StoreConfig) -> ShardStore:
     """Open a data set's shards where they are.
 
@@ -104,6 +113,6 @@ def open_store(location: str, manifest: Manifest, config: StoreConfig) -> ShardS
         ConfigError: no such kind of URL is known, or the cache cannot hold a shard.
         DataError: the cache folder cannot be used.
     """
-    if "://" in location and not location.startswith("file://"):
+    if is_remote(location):
         return RemoteStore(location, manifest.shards, config)
     return LocalStore(Path(location.removeprefix("file://")))

@@ -15,12 +15,23 @@ from typing import BinaryIO
 from pipeline.data.catalogue import FILE_NAME as CATALOGUE
 from pipeline.data.manifest import FILE_NAME, Manifest, ShardEntry
 from pipeline.data.shards import index_path
+from pipeline.data.store import is_remote
 from pipeline.data.store_remote import Remote, StoreConfig
 from pipeline.errors import DataError
 from pipeline.files import file_sha256, write_atomically
 from pipeline.identities import IdentityTable
 
 AT_ONCE = 16  # small files
+
+
+def metadata_folder(location: str, config: StoreConfig) -> Path:
+    """The local folder with a data set's small files: its own, or one that they are fetched into.
+
+    Raises:
+        ConfigError: no such kind of URL is known.
+        DataError: a file cannot be fetched, or is not what the manifest says.
+    """
+    return fetch_metadata(location, config) if is_remote(location) else Path(location.removeprefix("file://"))
 
 
 def fetch_metadata(url: str, config: StoreConfig) -> Path:

@@ -15,9 +15,10 @@ from pipeline.data.balanced import order_of
 from pipeline.data.catalogue import records_of, save_catalogue
 from pipeline.data.manifest import Manifest, ShardEntry
 from pipeline.data.order import Ints, Order, OrderConfig, batch_positions
-from pipeline.data.reading import FolderFiles, ShardFiles, ShardReader
+from pipeline.data.reading import ShardReader
 from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Sample
+from pipeline.data.store import LocalStore, ShardFiles
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
 from pipeline.identities import NO_ROW, IdentityTable
@@ -37,8 +38,8 @@ class DataSet:
     content: list[list[bytes]]
     rows: list[list[int]]
 
-    def reader(self, labels: Ints = EVERYONE, limit: int = 4, files: ShardFiles | None = None) -> ShardReader:
-        return ShardReader(self.folder, self.manifest, labels, limit, files)
+    def reader(self, labels: Ints = EVERYONE, limit: int = 4, store: ShardFiles | None = None) -> ShardReader:
+        return ShardReader(self.folder, self.manifest, labels, limit, store)
 
     def expected(self, labels: Ints) -> list[list[tuple[bytes, int]]]:
         """Content and label of the samples that take part, by shard."""
@@ -203,7 +204,7 @@ def test_a_balanced_order_reads_through_the_same_reader(data: DataSet, fetched: 
 
 
 def test_a_reader_that_is_told_nothing_lets_go_of_the_shard_used_longest_ago(data: DataSet, fetched: Fetched) -> None:
-    reader = data.reader(limit=2, files=fetched)
+    reader = data.reader(limit=2, store=fetched)
     for shard in (0, 1, 0, 3, 4):
         reader.read(0, np.array([shard]), np.array([0]))
     assert [int(name[6:12]) for event, name in fetched.log if event == "release"] == [1, 0]
@@ -212,7 +213,7 @@ def test_a_reader_that_is_told_nothing_lets_go_of_the_shard_used_longest_ago(dat
 
 
 def test_a_shard_that_is_needed_soon_is_not_let_go(data: DataSet, fetched: Fetched) -> None:
-    reader = data.reader(limit=1, files=fetched)
+    reader = data.reader(limit=1, store=fetched)
     reader.expect(np.array([0, 1, 3, 0]))
     for shard in (0, 1, 0, 3):
         reader.read(0, np.array([shard]), np.array([0]))
@@ -227,7 +228,7 @@ def test_a_shard_that_is_needed_soon_is_not_let_go(data: DataSet, fetched: Fetch
 
 
 def test_the_default_files_are_the_folders(data: DataSet) -> None:
-    files = FolderFiles(data.folder)
+    files = LocalStore(data.folder)
     files.prefetch(["shard-000001.tar"])
     files.release("shard-000001.tar")
     assert files.local("shard-000001.tar") == data.folder / "shard-000001.tar"
@@ -240,7 +241,7 @@ def read_one(reader: ShardReader, shard: int, place: int) -> bytes:
 
 def test_a_missing_shard_is_named(data: DataSet) -> None:
     (data.folder / "shard-000003.tar").unlink()
-    with pytest.raises(DataError, match=r"shard-000003\.tar cannot be opened: No such file or directory; fetch it"):
+    with pytest.raises(DataError, match=r"shard .*shard-000003\.tar is missing; restore it"):
         read_one(data.reader(), 3, 0)
 
 
