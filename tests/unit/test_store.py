@@ -14,10 +14,14 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import s3fs  # type: ignore[import-untyped]
 
+from pipeline.data.balanced import order_of
 from pipeline.data.manifest import Manifest
+from pipeline.data.order import OrderConfig, batch_positions
+from pipeline.data.reading import ShardReader
 from pipeline.data.store import LocalStore, open_store
 from pipeline.data.store_cached import RemoteStore
 from pipeline.data.store_metadata import fetch_metadata
@@ -420,3 +424,28 @@ def test_a_place_that_cannot_be_reached_is_a_mistake_of_the_config(manifest: Man
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cache folder .*file/x cannot be used: Not a directory"):
         RemoteStore(URL, manifest.shards, patience(tmp_path, cache=tmp_path / "file" / "x"))
+
+
+def test_a_flaky_bucket_gives_the_batches_that_the_folder_gives(
+    proxy: FaultyProxy, manifest: Manifest, tmp_path: Path
+) -> None:
+    folder = fetch_metadata(URL, patience(tmp_path))
+    proxy.plan(SHARDS[1], "503", 2)
+    proxy.plan(SHARDS[3], "cut")
+    with closing(open_store(URL, manifest, patience(tmp_path))) as store:
+        far = epoch(ShardReader(folder, manifest, np.arange(5), 2, store))
+    assert far == epoch(ShardReader(manifest.folder, manifest, np.arange(5), 2))
+    assert len(far) == 12
+
+
+def epoch(reader: ShardReader) -> list[tuple[bytes, int]]:
+    """Every sample of an epoch, in batches of three, with its label."""
+    order = order_of(reader.selection, OrderConfig(block_shards=2), "digest", 0, 3)
+    samples = []
+    for step in range(4):
+        positions = batch_positions(step, 3)
+        reader.expect(order.shards_ahead(positions))
+        work = reader.read(step, *order.samples_at(positions))
+        samples += list(zip(work.raws, work.labels_B.tolist(), strict=True))
+    reader.close()
+    return samples
