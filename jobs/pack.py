@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 import ray
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -18,45 +20,90 @@ from pipeline.data.packing import REJECTS, PackConfig, pack
 from pipeline.data.sources import FolderSource, FolderSourceConfig, Source
 from pipeline.data.typefaces import TypefaceConfig, TypefaceSource
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.schema import Config
+
+
+class TypefaceOptions(Config):
+    """What the job offers of the quickstart's data."""
+
+    profile: Literal["small", "full"] = Field(default="small", description="how many typefaces")
+    split: Literal["train", "test"] = Field(default="train", description="which identities")
+    cache: Path | None = Field(default=None, description="where font packages are kept; OUT/../fonts when not given")
+    seed: int = Field(default=0, ge=0, description="of the choice of held-out identities")
+
+    def source(self, out: Path) -> TypefaceSource:
+        """The source that is asked for."""
+        fonts = self.cache or out.expanduser().resolve().parent / "fonts"
+        return TypefaceSource(TypefaceConfig(profile=self.profile, seed=self.seed), fonts, self.split)
+
+
+class Entry(NamedTuple):
+    """A kind of source: the config whose fields are its options, and how to make it of that and of --out."""
+
+    config: type[Config]
+    make: Callable[[Any, Path], Source]
+
+
+SOURCES = {
+    "folder": Entry(FolderSourceConfig, lambda config, _: FolderSource(config)),
+    "typefaces": Entry(TypefaceOptions, TypefaceOptions.source),
+}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line: the options are the fields of the packer's config and of every source's."""
     parser = argparse.ArgumentParser(
         prog="jobs/pack.py", description="Decode images once, and pack those that decode into shards with a manifest."
     )
-    parser.add_argument("--source", choices=("folder", "typefaces"), required=True, help="where images come from")
+    parser.add_argument("--source", choices=SOURCES, required=True, help="where images come from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed data set")
-    parser.add_argument("--path", type=Path, help="folder: one folder of images per identity")
-    parser.add_argument("--profile", choices=("small", "full"), default="small", help="typefaces: how many of them")
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="typefaces: which identities")
-    parser.add_argument("--cache", type=Path, help="typefaces: where font packages are kept [OUT/../fonts]")
-    parser.add_argument("--min-images", type=int, default=1, help="leave out identities with fewer images [1]")
-    parser.add_argument("--shard-size", type=int, default=4096, help="images in a shard [4096]")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle, and of the typefaces' split [0]")
+    told: dict[str, list[str]] = {}
+    switches: set[str] = set()
+    configs: list[tuple[str, type[Config]]] = [("", PackConfig), *((kind, one.config) for kind, one in SOURCES.items())]
+    for kind, config in configs:
+        for name, field in config.model_fields.items():
+            default = "" if field.default is None or field.is_required() else f" [{field.default}]"
+            told.setdefault(name, []).append(f"{kind and f'{kind}: '}{field.description}{default}")
+            switches |= {name} if field.annotation is bool else set()
+    for name, words in told.items():
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if name in switches else {}
+        parser.add_argument(_option(name), help="; ".join(words).replace("%", "%%"), **how)
     return parser.parse_args(arguments)
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 def build(options: argparse.Namespace) -> tuple[Source, PackConfig]:
     """Make the source and the config that the command line asks for.
 
     Raises:
-        ConfigError: an option is missing or out of its range.
+        ConfigError: an option is missing, out of its range, or not one of this source.
         DataError: there is nothing at --path.
     """
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    entry = SOURCES[given.pop("source")]
+    out = given.pop("out")
+    known = {*entry.config.model_fields, *PackConfig.model_fields}
+    if strangers := sorted(set(given) - known):
+        raise ConfigError(f"{_option(strangers[0])} is no option of --source {options.source}; leave it out")
+    config = _model(PackConfig, given, options.source)
+    return entry.make(_model(entry.config, given, options.source), out), config
+
+
+def _model(config: type[Config], given: dict[str, Any], source: str) -> Any:
+    """The config of those options that are its fields."""
     try:
-        config = PackConfig(shard_size=options.shard_size, seed=options.seed, min_images=options.min_images)
-        if options.source == "typefaces":
-            fonts = options.cache or options.out.expanduser().resolve().parent / "fonts"
-            typefaces = TypefaceConfig(profile=options.profile, seed=options.seed)
-            return TypefaceSource(typefaces, fonts, options.split), config
+        return config.model_validate({name: value for name, value in given.items() if name in config.model_fields})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option}: {first['msg']}, not {first['input']!r}") from None
-    if options.path is None:
-        raise ConfigError("--source folder needs --path, the folder with one folder of images per identity")
-    return FolderSource(FolderSourceConfig(path=options.path)), config
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "missing":
+            told = config.model_fields[name].description
+            raise ConfigError(f"--source {source} needs {_option(name)}: {told}") from None
+        where = f"{_option(name)}: " if name else ""
+        raise ConfigError(f"{where}{first['msg']}, not {first['input']!r}") from None
 
 
 def run(source: Source, destination: Path, config: PackConfig) -> Manifest:

@@ -25,8 +25,8 @@ from pipeline.data.catalogue import FILE_NAME as CATALOGUE
 from pipeline.data.catalogue import Records, records_of, save_catalogue
 from pipeline.data.manifest import FILE_NAME, IDENTITIES, Manifest, ShardEntry
 from pipeline.data.shards import ShardIndex, index_path, write_shard
-from pipeline.data.sources import Source
-from pipeline.data.spool import Reject, Spooled, read_spooled, spool_part
+from pipeline.data.sources import Reject, Source
+from pipeline.data.spool import Spooled, read_spooled, spool_part
 from pipeline.errors import ClusterError, DataError, PipelineError
 from pipeline.files import file_sha256, write_atomically
 from pipeline.identities import IdentityTable

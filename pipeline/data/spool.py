@@ -12,17 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.checking import RejectedError, check_image
-from pipeline.data.sources import KEY_PATTERN, Sample, Source
+from pipeline.data.sources import KEY_PATTERN, Reject, Sample, Source
 from pipeline.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """An image that was not packed, and why."""
-
-    key: str
-    identity: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,9 @@ def spool_part(source: Source, part: str, path: Path) -> Spooled:
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with beside.open("wb") as stream:
         for sample in source.read(part):
+            if isinstance(sample, Reject):
+                rejects.append(sample)
+                continue
             if not KEY_PATTERN.fullmatch(sample.key) or not sample.identity:
                 raise DataError(
                     f"source {source.name}: sample {sample.key!r} of identity {sample.identity!r} needs an identity "
