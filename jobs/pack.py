@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.cluster import connect
+from pipeline.data.finishing import REJECTS_FILE
 from pipeline.data.manifest import Manifest
-from pipeline.data.packing import REJECTS, PackConfig, pack
+from pipeline.data.packing import PackConfig, pack
 from pipeline.data.sources import FolderSource, FolderSourceConfig, Source
+from pipeline.data.summary import PICTURE, TEXT
 from pipeline.data.typefaces import TypefaceConfig, TypefaceSource
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.schema import Config
@@ -128,15 +130,9 @@ def run(source: Source, destination: Path, config: PackConfig) -> Manifest:
 
 def summarise(manifest: Manifest) -> str:
     """Tell in a few lines what was packed."""
-    size = sum(entry.bytes for entry in manifest.shards)
-    lines = [
-        f"{manifest.name}: {manifest.samples:,} samples of {manifest.identities_count:,} identities "
-        f"in {len(manifest.shards)} shards, {size:,} bytes, at {manifest.folder}"
-    ]
-    lines += [f"  not packed: {count:,} ({reason})" for reason, count in manifest.rejects.items()]
-    if manifest.rejects:
-        lines.append(f"  which: {manifest.folder / REJECTS}")
-    return "\n".join(lines)
+    lines = (manifest.folder / TEXT).read_text().splitlines()
+    lines += [f"  which: {manifest.folder / REJECTS_FILE}"] if manifest.rejects else []
+    return "\n".join([*lines, f"  see {manifest.folder / PICTURE}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def test_every_image_is_packed_once_under_its_identity(tmp_path: Path, images: I
     manifest.verify(digests=True)
     assert set(files(tmp_path / "out")) == {
         *(f"shard-00000{shard}.{suffix}" for shard in range(3) for suffix in ("tar", "idx")),
-        *("manifest.json", "catalogue.npy", "identities.parquet", "rejects.jsonl"),
+        *("manifest.json", "catalogue.npy", "identities.parquet", "rejects.jsonl", "summary.png", "summary.txt"),
     }
     assert [step for step in seen if step[0] == step[1]] == [
         (3, 3, "parts read and decoded"),
@@ -189,7 +189,13 @@ def test_a_finished_pack_that_lost_a_shard_is_not_returned(tmp_path: Path, image
 
 def test_an_unfinished_pack_is_started_afresh_and_other_files_stay(tmp_path: Path, images: Images) -> None:
     assert images
-    for name in ("shard-000000.tar", "shard-000077.tar", "shard-000077.idx", ".spool/part-000009", "shard-1.tar.tmp"):
+    for name in (
+        "shard-000000.tar",
+        "shard-000077.tar",
+        "shard-000077.idx",
+        ".spool/part-000009",
+        ".shard-1.tar.7.tmp",
+    ):
         put(tmp_path / "out" / name, b"left over")
     put(tmp_path / "out" / "README", b"mine")
     pack(source(tmp_path), tmp_path / "out", SMALL)
@@ -242,7 +248,7 @@ class ListSource:
     ("samples", "message"),
     [
         ((("a", "x"), ("b", "x"), ("a", "y")), "sample key 'a' stands twice in source list"),
-        ((("a/b", "x"),), "sample 'a/b' of identity 'x' needs an identity and a key of"),
+        ((("a/b", "x"),), "sample 'a/b' of identity 'x' needs an identity of one line and a key of"),
         ((("a.b", "x"),), "sample 'a.b'"),
         ((("k" * 81, "x"),), "sample 'kkk"),
         ((("a", ""),), "sample 'a' of identity ''"),
