@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +16,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pipeline.cluster import connect
+from pipeline.data.adopting import adopt
 from pipeline.data.finishing import REJECTS_FILE
 from pipeline.data.manifest import Manifest
 from pipeline.data.packing import PackConfig, pack
-from pipeline.data.sources import FolderSource, FolderSourceConfig, Source
+from pipeline.data.sources import (
+    FolderSource,
+    FolderSourceConfig,
+    ListSource,
+    ListSourceConfig,
+    RecordSource,
+    RecordSourceConfig,
+    Source,
+    WebDatasetConfig,
+    WebDatasetSource,
+)
+from pipeline.data.spool import ReadConfig
 from pipeline.data.summary import PICTURE, TEXT
+from pipeline.data.tasks import Progress as Tell
 from pipeline.data.typefaces import TypefaceConfig, TypefaceSource
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.schema import Config
@@ -48,6 +62,9 @@ class Entry(NamedTuple):
 
 SOURCES = {
     "folder": Entry(FolderSourceConfig, lambda config, _: FolderSource(config)),
+    "list": Entry(ListSourceConfig, lambda config, _: ListSource(config)),
+    "recordio": Entry(RecordSourceConfig, lambda config, _: RecordSource(config)),
+    "webdataset": Entry(WebDatasetConfig, lambda config, _: WebDatasetSource(config)),
     "typefaces": Entry(TypefaceOptions, TypefaceOptions.source),
 }
 
@@ -59,6 +76,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--source", choices=SOURCES, required=True, help="where images come from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the packed data set")
+    parser.add_argument(
+        "--adopt", action="store_true", help="webdataset: leave the tars as they are, and write what is missing beside"
+    )
     told: dict[str, list[str]] = {}
     switches: set[str] = set()
     configs: list[tuple[str, type[Config]]] = [("", PackConfig), *((kind, one.config) for kind, one in SOURCES.items())]
@@ -77,24 +97,29 @@ def _option(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def build(options: argparse.Namespace) -> tuple[Source, PackConfig]:
-    """Make the source and the config that the command line asks for.
+def build(options: argparse.Namespace) -> Callable[[Tell], Manifest]:
+    """Make the source and the config that the command line asks for, and return what is to be done with them.
 
     Raises:
         ConfigError: an option is missing, out of its range, or not one of this source.
         DataError: there is nothing at --path.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    entry = SOURCES[given.pop("source")]
-    out = given.pop("out")
-    known = {*entry.config.model_fields, *PackConfig.model_fields}
-    if strangers := sorted(set(given) - known):
-        raise ConfigError(f"{_option(strangers[0])} is no option of --source {options.source}; leave it out")
-    config = _model(PackConfig, given, options.source)
-    return entry.make(_model(entry.config, given, options.source), out), config
+    kind, out, adopts = given.pop("source"), given.pop("out"), given.pop("adopt")
+    entry, what = SOURCES[kind], f"--source {kind}{' --adopt' if adopts else ''}"
+    layout = ReadConfig if adopts else PackConfig
+    if strangers := sorted(set(given) - {*entry.config.model_fields, *layout.model_fields}):
+        raise ConfigError(f"{_option(strangers[0])} is no option of {what}; leave it out")
+    config = _model(layout, given, what)
+    source = entry.make(_model(entry.config, given, what), out)
+    if not adopts:
+        return partial(pack, source, out, config)
+    if not isinstance(source, WebDatasetSource):
+        raise ConfigError(f"--adopt is for WebDataset tars; leave it out with --source {kind}")
+    return partial(adopt, source, out, config)
 
 
-def _model(config: type[Config], given: dict[str, Any], source: str) -> Any:
+def _model(config: type[Config], given: dict[str, Any], what: str) -> Any:
     """The config of those options that are its fields."""
     try:
         return config.model_validate({name: value for name, value in given.items() if name in config.model_fields})
@@ -103,13 +128,13 @@ def _model(config: type[Config], given: dict[str, Any], source: str) -> Any:
         name = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "missing":
             told = config.model_fields[name].description
-            raise ConfigError(f"--source {source} needs {_option(name)}: {told}") from None
+            raise ConfigError(f"{what} needs {_option(name)}: {told}") from None
         where = f"{_option(name)}: " if name else ""
         raise ConfigError(f"{where}{first['msg']}, not {first['input']!r}") from None
 
 
-def run(source: Source, destination: Path, config: PackConfig) -> Manifest:
-    """Pack with progress bars on stderr, in a Ray that is there or one of its own."""
+def run(work: Callable[[Tell], Manifest]) -> Manifest:
+    """Do it with progress bars on stderr, in a Ray that is there or one of its own."""
     mine = not ray.is_initialized()
     connect()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -122,7 +147,7 @@ def run(source: Source, destination: Path, config: PackConfig) -> Manifest:
                     stages[what] = bars.add_task(what, total=total)
                 bars.update(stages[what], completed=done)
 
-            return pack(source, destination, config, report)
+            return work(report)
     finally:
         if mine:
             ray.shutdown()
@@ -139,8 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        source, config = build(options)
-        print(summarise(run(source, options.out, config)))
+        print(summarise(run(build(options))))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -111,7 +111,7 @@ def pack(source: Source, destination: Path, config: PackConfig, progress: Progre
         if (destination / FILE_NAME).exists():
             manifest = finished(destination, fingerprint, config)
         else:
-            _prepare(destination, fingerprint, config)
+            _prepare(destination, fingerprint, source.parts(), config)
             manifest = _pack(source, fingerprint, destination, config, report)
         shutil.rmtree(destination / SPOOL, ignore_errors=True)
     except OSError as error:
@@ -127,7 +127,7 @@ def _pack(source: Source, fingerprint: str, destination: Path, config: PackConfi
     return finish(destination, packed, config)
 
 
-def _prepare(destination: Path, fingerprint: str, config: PackConfig) -> None:
+def _prepare(destination: Path, fingerprint: str, parts: list[str], config: PackConfig) -> None:
     """Keep of an unfinished pack what this one would make again, and remove the rest; other files stay.
 
     Raises:
@@ -140,7 +140,7 @@ def _prepare(destination: Path, fingerprint: str, config: PackConfig) -> None:
             "choose another destination, or delete that folder if nobody needs it"
         )
     reading = config.model_dump(mode="json", exclude={"shard_size", "shard_bytes", "min_images"})
-    spool_digest = digest_json([SPOOL_FORMAT, fingerprint, reading])
+    spool_digest = digest_json([SPOOL_FORMAT, fingerprint, parts, reading])
     now = {"spool": spool_digest, "pack": digest_json([spool_digest, config.model_dump(mode="json")])}
     before = _read_state(state)
     if before != now:

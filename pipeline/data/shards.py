@@ -8,28 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from webdataset import TarWriter
 
 from pipeline.data.sources import KEY_PATTERN, Sample
+from pipeline.data.sources.components import IMAGES, Component
 from pipeline.errors import DataError
 from pipeline.files import written_whole
 
 INDEX_VERSION = "v1.2"  # of nvidia.dali's wds2idx
-IMAGES = frozenset({"png", "jpg", "jpeg", "webp"})
 NAME_BYTES = 100  # what a tar header holds of a name
-
-
-class Component(NamedTuple):
-    """One member of a tar: its extension, where its bytes begin, how many they are, and its full name."""
-
-    extension: str
-    offset: int
-    size: int
-    name: str
 
 
 def index_path(tar: Path) -> Path:
@@ -217,7 +208,7 @@ def _open(tar: Path) -> Any:
 
 
 def _only_image(tar: Path, key: str, components: list[Component]) -> Component:
-    images = [component for component in components if component.extension in IMAGES]
+    images = [component for component in components if component.extension.lower() in IMAGES]
     if len(images) != 1:
         raise DataError(f"shard {tar}: {key} has {len(images)} images (png, jpg, webp), not one; pack again")
     return images[0]

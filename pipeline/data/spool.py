@@ -81,7 +81,7 @@ def spool_part(source: Source, part: str, path: Path, config: ReadConfig, seed: 
         for sample in source.read(part):
             found = _spool(sample, stream, source.name, config, seed)
             if isinstance(found, Reject):
-                rejects.add(*(_printable(text) for text in (found.key, found.identity, found.reason)))
+                rejects.reject(found)
             else:
                 samples.add(*found)
 
@@ -113,10 +113,6 @@ def _spool(
     return sample.key, high, low, identity, offset, len(about), len(sample.image), checked.width, checked.height
 
 
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 class _Columns:
     """Rows on their way into an Arrow file."""
 
@@ -129,6 +125,11 @@ class _Columns:
         self._rows.append(row)
         if len(self._rows) == ROWS:
             self.flush()
+
+    def reject(self, reject: Reject) -> None:
+        """Add a row of REJECTS; a name that is not UTF-8 is told in escapes."""
+        texts = (reject.key, reject.identity, reject.reason)
+        self.add(*(text.encode("utf-8", "backslashreplace").decode() for text in texts))
 
     def flush(self) -> None:
         """Write what was added."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,7 @@ class ListSourceConfig(Config):
     )
     identity_column: str = Field(default="identity", description="Column of the identities; text or whole numbers.")
     skip_missing: bool = Field(default=False, description="Count files that are missing as rejects; else an error.")
-    rows: int = Field(
-        default=8192, ge=1, description="Rows of a .csv in a unit of work; of a .parquet, a row group is."
-    )
+    rows: int = Field(default=8192, ge=1, description="Rows of a .csv in a unit of work (.parquet: a row group).")
 
 
 class ListSource:
@@ -90,8 +89,8 @@ class ListSource:
         return digest_json({"source": "list", "list": file_sha256(self.path), "options": options, "files": files})
 
     def parts(self) -> list[str]:
-        """Row groups of a .parquet, ranges of rows of a .csv."""
-        return [str(part) for part in range(len(self._starts) - 1)]
+        """Ranges of rows, `first-end`; those of a .parquet are its row groups."""
+        return [f"{start}-{stop}" for start, stop in pairwise(self._starts.tolist()) if start < stop]
 
     def read(self, part: str) -> Iterator[Sample | Reject]:
         """Yield the rows of one part, in the list's order.
@@ -99,8 +98,8 @@ class ListSource:
         Raises:
             DataError: a row has no image or no identity, or a file cannot be read.
         """
-        config, first = self.config, int(self._starts[int(part)])
-        rows = self._rows(int(part))
+        config, first = self.config, int(part.split("-")[0])
+        rows = self._rows(int(np.searchsorted(self._starts, first, side="right")) - 1)
         others = [name for name in rows.column_names if name not in (config.image_column, config.identity_column)]
         for number, row in enumerate((row for batch in rows.to_batches(1024) for row in batch.to_pylist()), first):
             image, identity = row[config.image_column], _text(row[config.identity_column])

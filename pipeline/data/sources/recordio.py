@@ -31,6 +31,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)
 HEADER = struct.Struct("<IfQQ")
 BAD_LABEL = "label is no whole number of 0 or more"
 UNKNOWN_LABEL = "label is beyond the number of identities in `property`"
+AGAIN = "fetch it again, or delete the .idx if it is of another .rec"
 
 Ints = npt.NDArray[np.int64]
 
@@ -102,7 +103,7 @@ class RecordSource:
                 yield self._sample(f"{self.path.stem}-{number:09d}"[-80:], labels[0], image)
 
     def _sample(self, key: str, label: float, image: bytes) -> Sample | Reject:
-        if not (label >= 0 and label == int(label)):
+        if not (label.is_integer() and label >= 0):
             return Reject(key, str(label), BAD_LABEL)
         if self._identities is not None and label >= self._identities:
             return Reject(key, str(int(label)), UNKNOWN_LABEL)
@@ -135,9 +136,6 @@ def read_record(file: int, offset: int, path: Path, number: int) -> bytes:
         if flag in (WHOLE, LAST):
             return MAGIC_BYTES.join(pieces)
         offset += _filled(length)
-
-
-AGAIN = "fetch it again, or delete the .idx if it is of another .rec"
 
 
 def _piece(head: bytes, path: Path, number: int, offset: int) -> tuple[int, int]:
@@ -197,7 +195,7 @@ def _read_index(path: Path) -> Ints:
 
 def _scan(path: Path) -> Ints:
     """Find the records without an index, by going from one to the next."""
-    offsets = []
+    offsets: list[int] = []
     with path.open("rb") as stream:
         end, offset = os.fstat(stream.fileno()).st_size, 0
         while offset < end:
