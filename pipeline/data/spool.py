@@ -19,6 +19,7 @@ from pydantic import Field
 
 from pipeline.data.checking import ImageLimits, RejectedError, check_image
 from pipeline.data.sources import KEY_PATTERN, Reject, Sample, Source
+from pipeline.data.sources.base import printable
 from pipeline.errors import DataError
 from pipeline.files import written_whole
 
@@ -128,8 +129,7 @@ class _Columns:
 
     def reject(self, reject: Reject) -> None:
         """Add a row of REJECTS; a name that is not UTF-8 is told in escapes."""
-        texts = (reject.key, reject.identity, reject.reason)
-        self.add(*(text.encode("utf-8", "backslashreplace").decode() for text in texts))
+        self.add(printable(reject.key), printable(reject.identity), reject.reason)
 
     def flush(self) -> None:
         """Write what was added."""

@@ -67,6 +67,11 @@ class Source(Protocol):
         ...
 
 
+def printable(text: str) -> str:
+    """A name with what is not UTF-8 in it as escapes; other names as they are."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def folder_key(relative: str) -> str:
     """Return a sample key for a file: its readable path, and enough of the path's sha256 to make it unique."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", relative.rpartition(".")[0]).strip("-")[-48:]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipeline.data.sources.base import EXTENSIONS, Sample, folder_key
+from pipeline.data.sources.base import EXTENSIONS, Sample, folder_key, printable
 from pipeline.errors import DataError
 from pipeline.schema import Config, digest_json
 
@@ -53,7 +53,7 @@ class FolderSource:
         for identity, files in self._files.items():
             for file in files:
                 status = (self.root / identity / file).stat()
-                entries.append([identity, file, status.st_size, status.st_mtime_ns])
+                entries.append([printable(identity), printable(file), status.st_size, status.st_mtime_ns])
         return digest_json({"source": "folder", "files": entries})
 
     def parts(self) -> list[str]:

@@ -144,7 +144,7 @@ def _members(tar: Path) -> Iterator[tuple[str, Component, str | None]]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
-                archive.members.clear()  # it would keep all of them
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 if member.isdir() or not stem or not extension:
@@ -154,9 +154,7 @@ def _members(tar: Path) -> Iterator[tuple[str, Component, str | None]]:
             _check_end(tar, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         what = " ".join(str(error).split())
-        raise DataError(
-            f"tar {tar} cannot be read: {what}; it must be whole and uncompressed: fetch it again"
-        ) from None
+        raise DataError(f"tar {tar} is cut off, broken or compressed: {what}; fetch it again, or unpack it") from None
 
 
 def _refusal(member: tarfile.TarInfo) -> str | None:
@@ -169,12 +167,16 @@ def _refusal(member: tarfile.TarInfo) -> str | None:
 
 
 def _check_end(tar: Path, offset: int) -> None:
-    """Tarfile takes a broken header for the end: samples behind it would be lost, and nobody would know."""
+    """Tarfile takes what it cannot read for the end: samples behind it would be lost, and nobody would know."""
     with tar.open("rb") as stream:
         stream.seek(offset)
-        while rest := stream.read(1 << 20):
+        rest = stream.read(1 << 20)
+        if not rest:
+            raise DataError(f"tar {tar} has no mark at its end, byte {offset}: it is cut off; fetch it again")
+        while rest:
             if rest.strip(b"\0"):
                 raise DataError(f"tar {tar} is broken at byte {offset}: no header and no end there; fetch it again")
+            rest = stream.read(1 << 20)
 
 
 def _content(found: TarSample, extension: str, file: int) -> bytes | None:
