@@ -112,6 +112,11 @@ def build(options: argparse.Namespace) -> Callable[[Tell], Manifest]:
         raise ConfigError(f"{_option(strangers[0])} is no option of {what}; leave it out")
     config = _model(layout, given, what)
     source = entry.make(_model(entry.config, given, what), out)
+    tars = source.root if isinstance(source, WebDatasetSource) else None
+    if not adopts and tars == out.expanduser().resolve():
+        raise ConfigError(
+            f"--out {out} is the folder of the tars that are packed; give another, or adopt them: --adopt"
+        )
     if not adopts:
         return partial(pack, source, out, config)
     if not isinstance(source, WebDatasetSource):

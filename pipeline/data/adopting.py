@@ -63,7 +63,7 @@ def adopt(
 
     Ray must be initialised, and every node must see `destination` under the same path. An index that stands
     beside a tar is replaced by one of the accepted samples. If it is killed, run again, it goes on with the tars
-    that are not done. The driver needs about 60 bytes of memory for each sample.
+    that are not done. The driver needs about 80 bytes of memory for each sample.
 
     Args:
         source: the tars.

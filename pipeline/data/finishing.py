@@ -57,8 +57,10 @@ def choose_identities(
         The table (None if no identity is left), (N,) each sample's row in it or NO_ROW, and the reason for which
         the samples without a row are rejected.
     """
-    encoded = identities.dictionary_encode().unify_dictionaries().combine_chunks()
-    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
+    chunks = [chunk for chunk in identities.dictionary_encode().chunks if len(chunk)]  # they share one dictionary
+    names = chunks[-1].dictionary.to_pylist() if chunks else []
+    codes = np.concatenate([np.empty(0, np.int32), *(chunk.indices.to_numpy() for chunk in chunks)])
+    assert all(len(chunk.dictionary) == len(names) for chunk in chunks), "codes of all chunks mean the same"
     enough = np.bincount(codes, minlength=len(names)) >= min_images
     kept = [name for name, chosen in zip(names, enough, strict=True) if chosen]
     reason = f"identity has fewer than {min_images} images"

@@ -91,7 +91,7 @@ def pack(source: Source, destination: Path, config: PackConfig, progress: Progre
 
     Ray must be initialised, and every node must see `destination` under the same path. The spool lies in it while
     packing, so that it needs twice the room of the data set. The manifest is written last: a folder without one
-    is an unfinished pack, and is gone on with. The driver needs about 120 bytes of memory for each sample.
+    is an unfinished pack, and is gone on with. The driver needs about 130 bytes of memory for each sample.
 
     Args:
         source: what to pack.

@@ -74,6 +74,7 @@ def _histogram(axes: Axes, values: npt.NDArray[np.integer], what: str, of: str) 
     bins = np.arange(least - 0.5, most + 1) if most - least < 50 else np.linspace(least, most, 51)
     axes.hist(values, bins=bins.tolist(), color=COLOUR)
     axes.set(xlabel=what, ylabel=f"{of} (logarithmic)", yscale="log")
+    axes.set_ylim(bottom=0.7)  # else a bar of one has no height
     axes.grid(visible=True, axis="y", color="0.88")
     axes.set_axisbelow(True)
 

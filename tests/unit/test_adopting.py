@@ -168,15 +168,18 @@ def test_the_same_tars_can_be_packed_anew(tmp_path: Path, images: Images) -> Non
 
 
 def test_the_job_adopts(tmp_path: Path, images: Images, capsys: pytest.CaptureFixture[str]) -> None:
-    assert images
     tars, out = str(tmp_path / "tars"), str(tmp_path / "out")
+    (tmp_path / "in" / "ann").mkdir(parents=True)
+    (tmp_path / "in" / "ann" / "0.png").write_bytes(images[0][1])
     for options, told in (
         (["--source", "webdataset", "--path", tars, "--out", out], "tars are adopted where they are"),
         (["--source", "webdataset", "--path", tars, "--out", tars, "--seed", "1"], "--seed is no option of --source"),
-        (["--source", "folder", "--path", tars, "--out", tars], "holds no jpg"),
+        (["--source", "folder", "--path", str(tmp_path / "in"), "--out", tars], "--adopt is for WebDataset tars"),
     ):
         assert main([*options, "--adopt"]) == 2
         assert told in capsys.readouterr().err
+    assert main(["--source", "webdataset", "--path", tars, "--out", tars]) == 2
+    assert "is the folder of the tars that are packed; give another, or adopt them" in capsys.readouterr().err
     assert main(["--source", "webdataset", "--path", tars, "--out", tars, "--adopt", "--namespace", "web"]) == 0
     assert "tars: 12 samples of 3 identities in 2 shards" in capsys.readouterr().out
     assert Manifest.load(tmp_path / "tars").identities().keys == ("web:Chloé", "web:ann", "web:bob")

@@ -593,6 +593,11 @@ def test_the_job_packs_and_tells(tmp_path: Path, images: Images, capsys: pytest.
         (["--source", "folder", "--path", "/nowhere/images"], "image folder /nowhere/images does not exist"),
         (["--source", "folder", "--path", "/tmp", "--shard-size", "0"], "--shard-size: "),
         (["--source", "typefaces", "--seed", "-1"], "--seed: "),
+        (["--source", "folder", "--path", "/tmp", "--split", "test"], "--split is no option of --source folder"),
+        (["--source", "list", "--path", "/nowhere.csv"], "list /nowhere.csv cannot be read"),
+        (["--source", "recordio", "--path", "/nowhere", "--max-pixels", "many"], "--max-pixels: "),
+        (["--source", "recordio", "--path", "/nowhere"], "/nowhere does not exist; give the folder with train.rec"),
+        (["--source", "folder", "--path", "/tmp", "--namespace", "a:b"], "--namespace: "),
     ],
 )
 def test_the_job_tells_a_mistake_in_one_line(
