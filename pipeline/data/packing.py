@@ -2,59 +2,88 @@
 
 Stage 1 reads and decodes each part of the source into a spool file; the driver then knows every key and
 identity, builds the table and draws one global shuffle; stage 2 gathers each shard's samples from the spool and
-writes it. The same source and config give the same bytes, whatever the number of workers or their speed.
+writes it. The same source and config give the same bytes, whatever the number of workers or their speed, and
+whether or not the pack was killed on the way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import ray
 from pydantic import Field
 
 from pipeline.data.catalogue import FILE_NAME as CATALOGUE
-from pipeline.data.catalogue import Records, records_of, save_catalogue
+from pipeline.data.catalogue import Records, records_of
+from pipeline.data.finishing import PackedSet, choose_identities, count_rejects, finish, finished
 from pipeline.data.manifest import FILE_NAME, IDENTITIES, Manifest, ShardEntry
 from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Source
-from pipeline.data.spool import Reject, Spooled, read_spooled, spool_part
-from pipeline.errors import ClusterError, DataError, PipelineError
-from pipeline.files import file_sha256, write_atomically
+from pipeline.data.spool import (
+    REJECTS,
+    SAMPLES,
+    ReadConfig,
+    read_columns,
+    read_spooled,
+    rejects_path,
+    samples_path,
+    spool_part,
+)
+from pipeline.data.tasks import Progress, run_tasks, silent
+from pipeline.errors import DataError
+from pipeline.files import file_sha256, write_json
 from pipeline.identities import IdentityTable
-from pipeline.schema import Config
+from pipeline.schema import digest_json
 
-REJECTS = "rejects.jsonl"
 SPOOL = ".spool"
+STATE = "state.json"
+SPOOL_FORMAT = 1  # raise it when a spool that an older version left cannot be used
+HEADERS = 4 * 512  # of a sample's three members, and the block that holds its row
+TAR_END = 1024 + 10_240  # the mark of a tar's end, and what fills it up to whole records
 
-Progress = Callable[[int, int, str], None]
+Ints = npt.NDArray[np.int64]
 
 
-class PackConfig(Config):
-    """How samples are laid out in shards."""
+class PackConfig(ReadConfig):
+    """What is packed of a source, and how samples are laid out in shards."""
 
     shard_size: int = Field(default=4096, ge=1, le=1_000_000, description="Images in a shard; the last may have fewer.")
+    shard_bytes: int | None = Field(
+        default=None,
+        ge=65_536,
+        description="No shard has more bytes, unless one image alone has; no limit if not given.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the shuffle over all shards.")
-    min_images: int = Field(default=1, ge=1, description="Identities with fewer images that decode are left out.")
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The samples of all shards, in order: `files` (N,) and `spans` (N, 3) say where each lies in the spool."""
+    """The N samples of all shards, in order.
 
-    paths: list[Path]
-    files: npt.NDArray[np.int64]
-    spans: npt.NDArray[np.int64]
+    Attributes:
+        files: (N,) int32, number of the spool file.
+        spans: (N, 3) int64, as `read_spooled` takes them.
+        rows: (N,) int32, of the identity in the table.
+        sizes: (N, 2) int32, width and height in pixels.
+        table: the identities.
+        rejects: columns of REJECTS.
+    """
+
+    files: npt.NDArray[np.int32]
+    spans: Ints
+    rows: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int32]
     table: IdentityTable
-    rejects: list[Reject]
+    rejects: pa.Table
 
 
 def pack(source: Source, destination: Path, config: PackConfig, progress: Progress | None = None) -> Manifest:
@@ -62,7 +91,7 @@ def pack(source: Source, destination: Path, config: PackConfig, progress: Progre
 
     Ray must be initialised, and every node must see `destination` under the same path. The spool lies in it while
     packing, so that it needs twice the room of the data set. The manifest is written last: a folder without one
-    is an unfinished pack, and is packed again from the start.
+    is an unfinished pack, and is gone on with. The driver needs about 130 bytes of memory for each sample.
 
     Args:
         source: what to pack.
@@ -76,158 +105,158 @@ def pack(source: Source, destination: Path, config: PackConfig, progress: Progre
         ClusterError: Ray lost the tasks.
     """
     destination = destination.expanduser().resolve()
-    report = progress or _silent
+    report = progress or silent
     fingerprint = source.fingerprint()
-    if (destination / FILE_NAME).exists():
-        return _finished(destination, fingerprint, config)
     try:
-        _clear(destination)
-        parts = _spool(source, destination, report)
-        layout = _lay_out(source.name, parts, max(config.min_images, source.min_images), config.seed)
-        shards = _write_shards(layout, destination, config.shard_size, report)
-        save_catalogue(destination, (records for _, records in shards))
-        layout.table.save(destination / IDENTITIES)
-        lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in layout.rejects]
-        write_atomically(destination / REJECTS, "".join(lines).encode())
-        shutil.rmtree(destination / SPOOL)
-        manifest = Manifest(
-            folder=destination,
-            name=source.name,
-            source=fingerprint,
-            pack=config.model_dump(mode="json"),
-            samples=len(layout.files),
-            identities_digest=layout.table.digest,
-            identities_count=len(layout.table),
-            rejects=_count(layout.rejects),
-            shards=tuple(entry for entry, _ in shards),
-            catalogue_sha256=file_sha256(destination / CATALOGUE),
-        )
-        manifest.save()
+        if (destination / FILE_NAME).exists():
+            manifest = finished(destination, fingerprint, config)
+        else:
+            _prepare(destination, fingerprint, source.parts(), config)
+            manifest = _pack(source, fingerprint, destination, config, report)
+        shutil.rmtree(destination / SPOOL, ignore_errors=True)
     except OSError as error:
         raise DataError(f"packing into {destination} failed: {error}; see to the disk, then pack again") from None
     return manifest
 
 
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """Progress that nobody watches."""
+def _pack(source: Source, fingerprint: str, destination: Path, config: PackConfig, report: Progress) -> Manifest:
+    paths = _spool(source, destination, config, report)
+    layout = _lay_out(source.name, paths, max(config.min_images, source.min_images))
+    shards = _write_shards(layout, paths, destination, config, report)
+    packed = PackedSet(source.name, fingerprint, layout.table, shards, layout.rejects, layout.sizes)
+    return finish(destination, packed, config)
 
 
-def _finished(destination: Path, fingerprint: str, config: PackConfig) -> Manifest:
-    """Return the pack that is there, if it is of this source and config and whole."""
-    manifest = Manifest.load(destination)
-    for what, same in (
-        ("source", manifest.source == fingerprint),
-        ("pack config", manifest.pack == config.model_dump(mode="json")),
-    ):
-        if not same:
-            raise DataError(
-                f"{destination} holds {manifest.name!r}, packed from another {what}: "
-                "choose another destination, or delete that folder"
-            )
-    manifest.verify(digests=False)
-    return manifest
+def _prepare(destination: Path, fingerprint: str, parts: list[str], config: PackConfig) -> None:
+    """Keep of an unfinished pack what this one would make again, and remove the rest; other files stay.
+
+    Raises:
+        DataError: there are shards that no unfinished pack accounts for.
+    """
+    spool, state = destination / SPOOL, destination / SPOOL / STATE
+    if not spool.is_dir() and (strangers := sorted(destination.glob("shard-*.tar"))):
+        raise DataError(
+            f"{destination} holds {strangers[0].name}, but neither a manifest nor an unfinished pack; "
+            "choose another destination, or delete that folder if nobody needs it"
+        )
+    reading = config.model_dump(mode="json", exclude={"shard_size", "shard_bytes", "min_images"})
+    spool_digest = digest_json([SPOOL_FORMAT, fingerprint, parts, reading])
+    now = {"spool": spool_digest, "pack": digest_json([spool_digest, config.model_dump(mode="json")])}
+    before = _read_state(state)
+    if before != now:
+        state.unlink(missing_ok=True)  # first: what is half removed must not be gone on with
+        for pattern in ("shard-*.tar", "shard-*.idx", CATALOGUE, IDENTITIES):
+            for path in destination.glob(pattern):
+                path.unlink()
+        if before.get("spool") != now["spool"]:
+            shutil.rmtree(spool, ignore_errors=True)
+    for path in (*destination.glob(".shard-*.tmp"), *spool.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
+    spool.mkdir(parents=True, exist_ok=True)
+    write_json(state, now)
 
 
-def _clear(destination: Path) -> None:
-    """Remove what an unfinished pack left; files that are not of packing stay."""
-    destination.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(destination / SPOOL, ignore_errors=True)
-    for pattern in ("shard-*.tar", "shard-*.idx", "shard-*.tmp", CATALOGUE, IDENTITIES, REJECTS):
-        for path in destination.glob(pattern):
-            path.unlink()
-    (destination / SPOOL).mkdir()
+def _read_state(path: Path) -> dict[str, Any]:
+    """What the unfinished pack was of; nothing if there is none or it cannot be told."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _spool(source: Source, destination: Path, report: Progress) -> list[Spooled]:
+def _spool(source: Source, destination: Path, config: PackConfig, report: Progress) -> list[Path]:
     """Stage 1: one task a part."""
-    handle = ray.put(source)
-    task = ray.remote(spool_part)
-    parts = source.parts()
+    handle, parts = ray.put(source), source.parts()
     paths = [destination / SPOOL / f"part-{number:06d}" for number in range(len(parts))]
-    futures = [task.remote(handle, part, path) for part, path in zip(parts, paths, strict=True)]
-    return _gather(futures, report, "parts read and decoded")
+    arguments = ((handle, part, path, config, config.seed) for part, path in zip(parts, paths, strict=True))
+    run_tasks(spool_part, arguments, len(parts), report, "parts read and decoded")
+    return paths
 
 
-def _lay_out(name: str, parts: list[Spooled], min_images: int, seed: int) -> _Layout:
+def _lay_out(name: str, paths: list[Path], min_images: int) -> _Layout:
     """Choose the identities, and put their samples in an order that depends on (seed, keys) alone."""
-    keys = [key for part in parts for key in part.keys]
-    identities = [identity for part in parts for identity in part.identities]
-    rejects = [reject for part in parts for reject in part.rejects]
-    if len(set(keys)) != len(keys):
-        twice = Counter(keys).most_common(1)[0][0]
-        raise DataError(f"sample key {twice!r} stands twice in source {name}; keys must be unique: mend the source")
-    count = Counter(identities)
-    reason = f"identity has fewer than {min_images} images"
-    pairs = zip(keys, identities, strict=True)
-    rejects += [Reject(key, identity, reason) for key, identity in pairs if count[identity] < min_images]
-    kept = [place for place, identity in enumerate(identities) if count[identity] >= min_images]
-    if not kept:
-        reasons = ", ".join(f"{number} x {why}" for why, number in _count(rejects).items())
+    samples = read_columns(map(samples_path, paths), SAMPLES)
+    rejects = read_columns(map(rejects_path, paths), REJECTS)
+    high, low = samples["high"].to_numpy(), samples["low"].to_numpy()
+    order = np.lexsort((low, high))
+    twice = np.flatnonzero((high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]]))
+    if len(twice):
+        key = samples["key"][int(order[twice[0]])].as_py()
+        raise DataError(f"sample key {key!r} stands twice in source {name}; keys must be unique: mend the source")
+    del high, low
+    table, rows, few = choose_identities(samples["identity"], min_images)
+    rejects = pa.concat_tables([rejects, _dropped(samples, np.flatnonzero(rows < 0), few)])
+    if table is None:
+        reasons = ", ".join(f"{number} x {why}" for why, number in count_rejects(rejects).items())
         raise DataError(f"source {name} has no image that can be packed ({reasons or 'no image at all'}); look there")
-    kept.sort(key=lambda place: hashlib.sha256(f"pack:{seed}:{keys[place]}".encode()).digest())
-    files = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
-    spans = np.concatenate([np.empty((0, 3), np.int64), *(part.spans for part in parts)])
-    table = IdentityTable.from_keys(identities[place] for place in kept)
-    rejects.sort(key=lambda reject: (reject.key, reject.identity))
-    return _Layout([part.path for part in parts], files[kept], spans[kept], table, rejects)
+    order = order[rows[order] >= 0]
+    counts = [pa.ipc.open_file(str(samples_path(path))).read_all().num_rows for path in paths]
+    files = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+    spans = np.empty((len(order), 3), np.int64)
+    for column, field in enumerate(("offset", "about", "image")):
+        spans[:, column] = samples[field].to_numpy()[order]
+    sizes = np.stack([samples[field].to_numpy()[order] for field in ("width", "height")], axis=1)
+    return _Layout(files[order], spans, rows[order], sizes, table, rejects)
+
+
+def _dropped(samples: pa.Table, places: Ints, reason: str) -> pa.Table:
+    """Rejects of the samples at `places`, whose identity is left out."""
+    columns = samples.select(["key", "identity"]).take(places)
+    return columns.append_column("reason", pa.array([reason] * len(places), pa.string()))
 
 
 def _write_shards(
-    layout: _Layout, destination: Path, shard_size: int, report: Progress
+    layout: _Layout, paths: list[Path], destination: Path, config: PackConfig, report: Progress
 ) -> list[tuple[ShardEntry, Records]]:
     """Stage 2: one task a shard."""
-    table, task = ray.put(layout.table), ray.remote(_write_one)
-    paths = ray.put(layout.paths)
-    futures = []
-    for number, start in enumerate(range(0, len(layout.files), shard_size)):
-        chosen = slice(start, start + shard_size)
-        tar = destination / f"shard-{number:06d}.tar"
-        futures.append(task.remote(tar, paths, layout.files[chosen], layout.spans[chosen], table))
-    return _gather(futures, report, "shards written")
+    edges = shard_edges(layout.spans, config.shard_size, config.shard_bytes)
+    handle, keys = ray.put(paths), layout.table.keys
+
+    def arguments() -> Iterator[tuple[Any, ...]]:
+        for number, (start, stop) in enumerate(pairwise(edges)):
+            rows = {keys[row]: row for row in np.unique(layout.rows[start:stop]).tolist()}
+            tar = destination / f"shard-{number:06d}.tar"
+            yield tar, handle, layout.files[start:stop], layout.spans[start:stop], rows
+
+    return run_tasks(_write_one, arguments(), len(edges) - 1, report, "shards written")
+
+
+def shard_edges(spans: Ints, shard_size: int, shard_bytes: int | None) -> list[int]:
+    """Numbers of the samples at which shards begin, and of the end.
+
+    Args:
+        spans: (N, 3), as `read_spooled` takes them.
+        shard_size: the most samples in a shard.
+        shard_bytes: the most bytes of a tar.
+    """
+    total = len(spans)
+    if shard_bytes is None:
+        return [*range(0, total, shard_size), total]
+    # a member fills whole blocks; the description in the spool is a little longer than the one in the shard
+    bytes_N = HEADERS + ((spans[:, 1:] + 511) // 512 * 512).sum(axis=1)
+    ends_N = np.cumsum(bytes_N)
+    edges = [0]
+    while edges[-1] < total:
+        start = edges[-1]
+        before = ends_N[start] - bytes_N[start]
+        stop = int(np.searchsorted(ends_N, before + shard_bytes - TAR_END, side="right"))
+        edges.append(min(max(stop, start + 1), start + shard_size, total))
+    return edges
 
 
 def _write_one(
-    tar: Path,
-    paths: list[Path],
-    files: npt.NDArray[np.int64],
-    spans: npt.NDArray[np.int64],
-    table: IdentityTable,
+    tar: Path, paths: list[Path], files: npt.NDArray[np.int32], spans: Ints, rows: dict[str, int]
 ) -> tuple[ShardEntry, Records]:
-    """Write one shard, and describe it and its samples."""
-    samples = write_shard(tar, read_spooled(paths, files.tolist(), spans.tolist()), table)
+    """Write one shard, unless a pack that was killed finished it, and describe it and its samples."""
+    if not (tar.exists() and index_path(tar).exists()):
+        write_shard(tar, read_spooled(paths, files.tolist(), spans.tolist()), rows)
+    records = records_of(ShardIndex.load(tar, index_path(tar)))
     entry = ShardEntry(
         name=tar.name,
-        samples=samples,
+        samples=len(records),
         bytes=tar.stat().st_size,
         tar_sha256=file_sha256(tar),
         index_sha256=file_sha256(index_path(tar)),
     )
-    return entry, records_of(ShardIndex.load(tar, index_path(tar), len(table)))
-
-
-def _gather(futures: list[Any], report: Progress, what: str) -> list[Any]:
-    """Wait for all tasks, telling of each; on the first failure cancel the rest and raise its cause."""
-    waiting = list(futures)
-    report(0, len(futures), what)
-    try:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            ray.get(done)
-            report(len(futures) - len(waiting), len(futures), what)
-        return list(ray.get(futures))
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, PipelineError | OSError):
-            raise cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ClusterError(f"packing: Ray lost a task ({reason}); look at Ray's logs, then pack again") from None
-    finally:
-        for future in waiting:
-            ray.cancel(future)
-
-
-def _count(rejects: list[Reject]) -> dict[str, int]:
-    """Rejects by reason."""
-    return dict(sorted(Counter(reject.reason for reject in rejects).items()))
+    return entry, records

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from webdataset import TarWriter
 
 from pipeline.data.sources import KEY_PATTERN, Sample
+from pipeline.data.sources.components import IMAGES, Component
 from pipeline.errors import DataError
-from pipeline.identities import IdentityTable
+from pipeline.files import written_whole
 
 INDEX_VERSION = "v1.2"  # of nvidia.dali's wds2idx
-IMAGES = frozenset({"png", "jpg", "jpeg", "webp"})
 NAME_BYTES = 100  # what a tar header holds of a name
-
-
-class Component(NamedTuple):
-    """One member of a tar: its extension, where its bytes begin, how many they are, and its full name."""
-
-    extension: str
-    offset: int
-    size: int
-    name: str
 
 
 def index_path(tar: Path) -> Path:
@@ -37,39 +28,47 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".idx")
 
 
-def write_shard(tar: Path, samples: Iterable[Sample], table: IdentityTable) -> int:
+def write_shard(tar: Path, samples: Iterable[Sample], rows: Mapping[str, int]) -> int:
     """Write samples as a WebDataset tar, and its index beside it; both appear whole or not at all.
 
     A sample is `<key>.<extension>` (the image as it is), `<key>.cls` (its row in the table) and `<key>.json`
     (the identity's key and the attributes). The same samples give the same bytes at any time, on any machine.
+    The index is written last: where it stands, the tar is whole.
 
     Args:
         tar: where the shard shall stand.
-        samples: of identities that the table has; each key once.
-        table: gives the rows.
+        samples: each key once.
+        rows: row of each of the samples' identities in the data set's table.
 
     Returns:
         The number of samples written.
     """
-    beside, index_beside = tar.with_name(f"{tar.name}.tmp"), tar.with_name(f"{tar.stem}.idx.tmp")
     lines = []
-    with beside.open("wb") as stream:
+    with written_whole(tar) as stream:
         # The time is an int: a float costs an extended header for each member.
         about = {"user": "bct", "group": "bct", "mode": 0o444, "mtime": 0}
         with TarWriter(stream, encoder=False, compress=False, **about) as writer:
             for sample in samples:
                 assert KEY_PATTERN.fullmatch(sample.key), f"{sample.key!r} is no key that is safe in a tar"
-                members = _members(sample, table.row_of_key[sample.identity])
-                lines.append(_index_line(sample.key, members, writer.tarstream.offset))
+                members = _members(sample, rows[sample.identity])
+                components = _components(sample.key, members, writer.tarstream.offset)
                 writer.write({"__key__": sample.key, **members})
-                assert writer.tarstream.offset == _end_of_line(lines[-1]), "the tar is not laid out as the index says"
-        stream.flush()
-        os.fsync(stream.fileno())
-    assert lines, "a shard holds at least one sample: DALI refuses an empty one"
-    index_beside.write_text("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]))
-    beside.replace(tar)
-    index_beside.replace(index_path(tar))
+                assert writer.tarstream.offset == _end(components[-1]), "the tar is not laid out as the index says"
+                lines.append(index_line(components))
+        assert lines, "a shard holds at least one sample: DALI refuses an empty one"
+    write_index(tar, lines)
     return len(lines)
+
+
+def write_index(tar: Path, lines: Sequence[str]) -> None:
+    """Write the index of a tar, of one line a sample (`index_line`)."""
+    with written_whole(index_path(tar)) as stream:
+        stream.write("\n".join([f"{INDEX_VERSION} {len(lines)}", *lines, ""]).encode())
+
+
+def index_line(components: Iterable[Component]) -> str:
+    """One sample's line of the index."""
+    return " ".join(f"{one.extension} {one.offset} {one.size} {one.name}" for one in components)
 
 
 def _members(sample: Sample, row: int) -> dict[str, bytes]:
@@ -82,21 +81,18 @@ def _members(sample: Sample, row: int) -> dict[str, bytes]:
     }
 
 
-def _index_line(key: str, members: dict[str, bytes], offset: int) -> str:
-    """One sample's line of the index; TarWriter puts members in the order of their extensions."""
-    pieces = []
+def _components(key: str, members: dict[str, bytes], offset: int) -> list[Component]:
+    """Where the members will stand; TarWriter puts them in the order of their extensions."""
+    components = []
     for extension in sorted(members):
-        size = len(members[extension])
-        offset += BLOCKSIZE
-        pieces.append(f"{extension} {offset} {size} {key}.{extension}")
-        offset += -(-size // BLOCKSIZE) * BLOCKSIZE
-    return " ".join(pieces)
+        components.append(Component(extension, offset + BLOCKSIZE, len(members[extension]), f"{key}.{extension}"))
+        offset = _end(components[-1])
+    return components
 
 
-def _end_of_line(line: str) -> int:
-    """Where the tar stands after the sample of an index line: its last member, filled up to a whole block."""
-    _, offset, size, _ = line.split(" ")[-4:]
-    return int(offset) + -(-int(size) // BLOCKSIZE) * BLOCKSIZE
+def _end(component: Component) -> int:
+    """Where the tar stands after a member, which is filled up to a whole block."""
+    return component.offset + -(-component.size // BLOCKSIZE) * BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -212,7 +208,7 @@ def _open(tar: Path) -> Any:
 
 
 def _only_image(tar: Path, key: str, components: list[Component]) -> Component:
-    images = [component for component in components if component.extension in IMAGES]
+    images = [component for component in components if component.extension.lower() in IMAGES]
     if len(images) != 1:
         raise DataError(f"shard {tar}: {key} has {len(images)} images (png, jpg, webp), not one; pack again")
     return images[0]

@@ -97,7 +97,7 @@ def pack(folder: Path, pixels: list[npt.NDArray[np.uint8]], files: list[bytes]) 
     for start, stop in pairwise(edges):
         tar = folder / f"shard-{len(entries):05d}.tar"
         samples = (Sample(f"s{n:04d}", files[n], "png", identities[n]) for n in range(start, stop))
-        count, hashes = write_shard(tar, samples, table), (file_sha256(tar), file_sha256(index_path(tar)))
+        count, hashes = write_shard(tar, samples, table.row_of_key), (file_sha256(tar), file_sha256(index_path(tar)))
         size = tar.stat().st_size
         entries.append(
             ShardEntry(name=tar.name, samples=count, bytes=size, tar_sha256=hashes[0], index_sha256=hashes[1])

@@ -34,7 +34,7 @@ def samples(prefix: str = "s") -> list[Sample]:
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     tar = tmp_path / "shard-000000.tar"
-    assert write_shard(tar, samples(), TABLE) == 6
+    assert write_shard(tar, samples(), TABLE.row_of_key) == 6
     return tar
 
 
@@ -81,7 +81,7 @@ def test_attributes_come_with_their_keys_in_order(shard: Path) -> None:
 def test_the_same_samples_give_the_same_bytes_and_nothing_else_is_left(shard: Path, tmp_path: Path) -> None:
     again = tmp_path / "again" / shard.name
     again.parent.mkdir()
-    write_shard(again, iter(samples()), TABLE)
+    write_shard(again, iter(samples()), TABLE.row_of_key)
     assert again.read_bytes() == shard.read_bytes()
     assert index_path(again).read_bytes() == index_path(shard).read_bytes()
     assert sorted(path.name for path in again.parent.iterdir()) == ["shard-000000.idx", "shard-000000.tar"]
@@ -92,7 +92,7 @@ def test_the_same_samples_give_the_same_bytes_and_nothing_else_is_left(shard: Pa
 def test_a_write_that_fails_leaves_no_shard(tmp_path: Path) -> None:
     stranger = Sample("z", b"x", "png", "nobody", {})
     with pytest.raises(KeyError):
-        write_shard(tmp_path / "s.tar", [*samples(), stranger], TABLE)
+        write_shard(tmp_path / "s.tar", [*samples(), stranger], TABLE.row_of_key)
     assert not (tmp_path / "s.tar").exists()
     assert not (tmp_path / "s.idx").exists()
 
@@ -107,7 +107,7 @@ def test_a_truncated_tar_is_told_with_the_first_key_that_is_cut(shard: Path) -> 
 
 def test_an_index_of_another_tar_of_the_same_layout_is_refused(shard: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.tar"
-    write_shard(other, samples("t"), TABLE)
+    write_shard(other, samples("t"), TABLE.row_of_key)
     with pytest.raises(DataError, match=r"index is not this shard's \(no t0-\.cls"):
         ShardIndex.load(shard, index_path(other), len(TABLE))
 

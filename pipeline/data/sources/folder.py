@@ -1,67 +1,15 @@
-"""Where samples come from: the protocol that packing reads, and a folder of images."""
+"""A folder with one folder of images for each identity."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from pydantic import Field
 
+from pipeline.data.sources.base import EXTENSIONS, Sample, folder_key, printable
 from pipeline.errors import DataError
 from pipeline.schema import Config, digest_json
-
-EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")  # safe in a tar header, in DALI's index and in WebDataset
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image as it comes from a source.
-
-    Attributes:
-        key: unique in the data set; letters, digits, `-` and `_`, at most 80.
-        image: the encoded image, as it will stand in the shard.
-        extension: png, jpg or webp.
-        identity: key of the identity.
-        attributes: anything evaluation wants to know, such as the typeface or the role.
-    """
-
-    key: str
-    image: bytes
-    extension: str
-    identity: str
-    attributes: dict[str, str] = field(default_factory=dict)
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A data set before packing, in parts that can be read independently; it travels to workers by pickle."""
-
-    @property
-    def name(self) -> str:
-        """Name of the data set, for messages and the manifest."""
-        ...
-
-    @property
-    def min_images(self) -> int:
-        """Identities with fewer images than this in the whole source are not part of it; packing drops them."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Sha256 (hex) over all that determines the samples, by which a finished pack is recognised."""
-        ...
-
-    def parts(self) -> list[str]:
-        """Names of the independent units of work."""
-        ...
-
-    def read(self, part: str) -> Iterator[Sample]:
-        """Yield the samples of one part, always in the same order."""
-        ...
 
 
 class FolderSourceConfig(Config):
@@ -105,7 +53,7 @@ class FolderSource:
         for identity, files in self._files.items():
             for file in files:
                 status = (self.root / identity / file).stat()
-                entries.append([identity, file, status.st_size, status.st_mtime_ns])
+                entries.append([printable(identity), printable(file), status.st_size, status.st_mtime_ns])
         return digest_json({"source": "folder", "files": entries})
 
     def parts(self) -> list[str]:
@@ -138,9 +86,3 @@ def _images(folder: Path) -> list[str]:
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     visible = (path for path in found if not any(piece.startswith(".") for piece in path.parts))
     return sorted(path.as_posix() for path in visible if (folder / path).is_file())
-
-
-def folder_key(relative: str) -> str:
-    """Return a sample key for a file: its readable path, and enough of the path's sha256 to make it unique."""
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", relative.rpartition(".")[0]).strip("-")[-48:]
-    return f"{readable}-{hashlib.sha256(relative.encode(errors='surrogateescape')).hexdigest()[:20]}".lstrip("-")
