@@ -31,6 +31,17 @@ from pipeline.data.sources import (
     WebDatasetConfig,
     WebDatasetSource,
 )
+from pipeline.data.sources_eval import (
+    BinSource,
+    BinSourceConfig,
+    IjbSource,
+    IjbSourceConfig,
+    Market1501Config,
+    Market1501TestSource,
+    Market1501TrainSource,
+    QueryGalleryConfig,
+    QueryGallerySource,
+)
 from pipeline.data.spool import ReadConfig
 from pipeline.data.summary import PICTURE, TEXT
 from pipeline.data.tasks import Progress as Tell
@@ -65,6 +76,11 @@ SOURCES = {
     "list": Entry(ListSourceConfig, lambda config, _: ListSource(config)),
     "recordio": Entry(RecordSourceConfig, lambda config, _: RecordSource(config)),
     "webdataset": Entry(WebDatasetConfig, lambda config, _: WebDatasetSource(config)),
+    "insightface-bin": Entry(BinSourceConfig, lambda config, _: BinSource(config)),
+    "ijb": Entry(IjbSourceConfig, lambda config, _: IjbSource(config)),
+    "market1501-train": Entry(Market1501Config, lambda config, _: Market1501TrainSource(config)),
+    "market1501-test": Entry(Market1501Config, lambda config, _: Market1501TestSource(config)),
+    "query-gallery": Entry(QueryGalleryConfig, lambda config, _: QueryGallerySource(config)),
     "typefaces": Entry(TypefaceOptions, TypefaceOptions.source),
 }
 

@@ -23,7 +23,11 @@ def make_data_set(folder: Path, shards: int = 4, samples: int = 3, image_bytes: 
     for shard in range(shards):
         tar = folder / f"shard-{shard:06d}.tar"
         numbers = range(shard * samples, (shard + 1) * samples)
-        write_shard(tar, (Sample(f"s{n:06d}", rng.bytes(image_bytes), "jpg", KEYS[n % 5], {}) for n in numbers), table)
+        write_shard(
+            tar,
+            (Sample(f"s{n:06d}", rng.bytes(image_bytes), "jpg", KEYS[n % 5], {}) for n in numbers),
+            table.row_of_key,
+        )
         entries.append(
             ShardEntry(
                 name=tar.name,

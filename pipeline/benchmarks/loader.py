@@ -154,7 +154,7 @@ def _pack(folder: Path, images: list[bytes], shard_size: int) -> Manifest:
         tar = folder / f"shard-{len(entries):06d}.tar"
         part = enumerate(images[first : first + shard_size], first)
         samples = (Sample(f"s{n:08d}", raw, "jpg", table.keys[n % len(table)]) for n, raw in part)
-        count, digests = write_shard(tar, samples, table), (file_sha256(tar), file_sha256(index_path(tar)))
+        count, digests = write_shard(tar, samples, table.row_of_key), (file_sha256(tar), file_sha256(index_path(tar)))
         entries.append(
             ShardEntry(
                 name=tar.name, samples=count, bytes=tar.stat().st_size, tar_sha256=digests[0], index_sha256=digests[1]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from pydantic import Field
 
@@ -26,6 +27,8 @@ from pipeline.data.catalogue import FILE_NAME as CATALOGUE
 from pipeline.data.catalogue import Records, records_of
 from pipeline.data.finishing import PackedSet, choose_identities, count_rejects, finish, finished
 from pipeline.data.manifest import FILE_NAME, IDENTITIES, Manifest, ShardEntry
+from pipeline.data.protocols import FILES as PROTOCOL_FILES
+from pipeline.data.protocols import EvaluationSource, save_protocol
 from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Source
 from pipeline.data.spool import (
@@ -123,8 +126,21 @@ def _pack(source: Source, fingerprint: str, destination: Path, config: PackConfi
     paths = _spool(source, destination, config, report)
     layout = _lay_out(source.name, paths, max(config.min_images, source.min_images))
     shards = _write_shards(layout, paths, destination, config, report)
+    if isinstance(source, EvaluationSource):
+        _write_protocol(source, paths, layout.rejects, destination)
     packed = PackedSet(source.name, fingerprint, layout.table, shards, layout.rejects, layout.sizes)
     return finish(destination, packed, config)
+
+
+def _write_protocol(source: EvaluationSource, paths: list[Path], rejects: pa.Table, destination: Path) -> None:
+    """What is compared, beside the shards.
+
+    Raises:
+        DataError: it speaks of a sample that was rejected.
+    """
+    protocol, keys = source.protocol(), read_columns(map(samples_path, paths), SAMPLES)["key"]
+    protocol.require(keys.filter(pc.invert(pc.is_in(keys, value_set=rejects["key"].combine_chunks()))).to_pylist())
+    save_protocol(destination, protocol)
 
 
 def _prepare(destination: Path, fingerprint: str, parts: list[str], config: PackConfig) -> None:
@@ -145,7 +161,7 @@ def _prepare(destination: Path, fingerprint: str, parts: list[str], config: Pack
     before = _read_state(state)
     if before != now:
         state.unlink(missing_ok=True)  # first: what is half removed must not be gone on with
-        for pattern in ("shard-*.tar", "shard-*.idx", CATALOGUE, IDENTITIES):
+        for pattern in ("shard-*.tar", "shard-*.idx", CATALOGUE, IDENTITIES, *PROTOCOL_FILES):
             for path in destination.glob(pattern):
                 path.unlink()
         if before.get("spool") != now["spool"]:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.data.catalogue import Catalogue
 from pipeline.data.loader import iterate_images
 from pipeline.data.manifest import Manifest
-from pipeline.data.shards import ShardIndex, index_path, read_attributes
+from pipeline.data.shards import index_path, read_attributes
 from pipeline.errors import DataError
 from pipeline.evaluation.compatibility import Embeddings
 from pipeline.generation import Generation
@@ -45,10 +46,9 @@ def embed(generation: Generation, folder: Path, group: str, threads: int = 1) ->
 
 def _labels(folder: Path, manifest: Manifest, group: str) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
     """Identity rows, codes of the groups, and which images are enrolled, in the shards' order."""
-    rows, groups, roles = [], [], []
+    groups, roles = [], []
     for entry in manifest.shards:
         tar = folder / entry.name
-        rows.append(ShardIndex.load(tar, index_path(tar), manifest.identities_count).rows.astype(np.int64))
         for key, attributes in read_attributes(tar, index_path(tar)):
             if group not in attributes or attributes.get("role") not in ROLES:
                 raise DataError(
@@ -58,4 +58,6 @@ def _labels(folder: Path, manifest: Manifest, group: str) -> tuple[Ints, Ints, n
             groups.append(attributes[group])
             roles.append(attributes["role"])
     codes = np.unique(groups, return_inverse=True)[1].astype(np.int64)
-    return np.concatenate(rows), codes, np.array(roles) == "gallery"
+    samples = np.array([entry.samples for entry in manifest.shards])
+    rows = Catalogue.load(folder, samples).records["row"].astype(np.int64)
+    return rows, codes, np.array(roles) == "gallery"

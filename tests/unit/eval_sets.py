@@ -11,7 +11,16 @@ from PIL import Image
 
 from pipeline.data.protocols import EvaluationSource, load_protocol, save_protocol
 from pipeline.data.sources import Sample, Source
-from pipeline.data.spool import read_spooled, spool_part
+from pipeline.data.spool import (
+    REJECTS,
+    SAMPLES,
+    ReadConfig,
+    read_columns,
+    read_spooled,
+    rejects_path,
+    samples_path,
+    spool_part,
+)
 
 
 def encode(number: int) -> bytes:
@@ -36,9 +45,12 @@ def samples_of(source: Source, spool: Path) -> dict[str, Sample]:
     assert source.min_images == 1
     found: list[Sample] = []
     for number, part in enumerate(there.parts()):
-        spooled = spool_part(there, part, spool / f"{number}")
-        assert not spooled.rejects
-        found += read_spooled([spooled.path], [0] * len(spooled.keys), spooled.spans.tolist())
+        path = spool / f"{number}"
+        spool_part(there, part, path, ReadConfig(min_size=1), 0)
+        assert not len(read_columns([rejects_path(path)], REJECTS))
+        columns = read_columns([samples_path(path)], SAMPLES)
+        spans = zip(*(columns[field].to_pylist() for field in ("offset", "about", "image")), strict=True)
+        found += read_spooled([path], [0] * len(columns), spans)
     assert len({sample.key for sample in found}) == len(found), "each key once"
     if isinstance(source, EvaluationSource):
         source.protocol().require(sample.key for sample in found)

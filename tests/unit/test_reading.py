@@ -62,7 +62,9 @@ def data(tmp_path: Path) -> DataSet:
     for number, (images, of) in enumerate(zip(content, rows, strict=True)):
         tar = folder / f"shard-{number:06d}.tar"
         pairs = enumerate(zip(images, of, strict=True))
-        write_shard(tar, (Sample(f"s{number}-{n}", image, "png", KEYS[row]) for n, (image, row) in pairs), table)
+        write_shard(
+            tar, (Sample(f"s{number}-{n}", image, "png", KEYS[row]) for n, (image, row) in pairs), table.row_of_key
+        )
         indices.append(ShardIndex.load(tar, index_path(tar)))
         sums = file_sha256(tar), file_sha256(index_path(tar))
         size = tar.stat().st_size
