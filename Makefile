@@ -51,7 +51,7 @@ cluster-stop:
 		ps -s "$$(cat .ray/pid)" -o pid= | xargs -r kill -KILL; rm -f .ray/pid; }
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        images_BCHW: (B, channels, size, size) float32, normalised, on the loader's device.
+        images_BCHW: (B, channels, size, size) float32, normalised, on the loader's device, channels last in memory.
         labels_B: (B,) int64 rows of the run's identity table, on the same device.
         step: number of the global batch, from 0.
     """

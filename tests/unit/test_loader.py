@@ -138,7 +138,7 @@ def test_each_step_gives_its_own_samples_cut_out_exactly(grey: DataSet, size: in
         assert batch.step == step
         assert batch.images_BCHW.shape == (7, 1, size, size)
         assert batch.images_BCHW.dtype == torch.float32
-        assert batch.images_BCHW.is_contiguous()
+        assert batch.images_BCHW.is_contiguous(memory_format=torch.channels_last)
         assert batch.labels_B.dtype == torch.int64
         assert batch.labels_B.tolist() == [KEYS.index(grey.identities[number]) for number in numbers]
         assert np.abs(batch.images_BCHW[:, 0].numpy() - (crops.astype(np.float32) - 127.5) / 127.5).max() < 1e-6
@@ -303,7 +303,7 @@ def test_colour_images_keep_their_channels(tmp_path: Path) -> None:
         assert np.abs(in_pixel_values(batch, preprocess) - expected).max() < 1e-4
     noisy = take(data.loader(preprocess=preprocess, augment=FULL), 1)[0]
     assert noisy.images_BCHW.shape == (7, 3, 16, 16)
-    assert noisy.images_BCHW.is_contiguous()
+    assert noisy.images_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def smooth(height: int, width: int) -> npt.NDArray[np.uint8]:
