@@ -35,7 +35,7 @@ FULL = AugmentConfig(
     compress=0.3, blur=1.0,
 )  # fmt: skip
 IDENTITIES_COUNT = 64
-WARM_UP = 4  # batches
+WARM_UP = 20  # batches: buffers have grown, queues are full
 
 
 class LoaderBenchmark(Config):
@@ -48,7 +48,7 @@ class LoaderBenchmark(Config):
     augment: Literal["flip", "full"] = Field("flip", description="flip: and normalise; full: every augmentation")
     batch: int = Field(128, ge=1, description="images in a batch")
     threads: int = Field(2, ge=1, description="decoding threads, and processes of WebDataset's DataLoader")
-    batches: int = Field(40, ge=1, description="batches that are timed in a round")
+    batches: int = Field(120, ge=1, description="batches that are timed in a round")
     repeats: int = Field(5, ge=1, description="rounds; medians are told")
 
 
