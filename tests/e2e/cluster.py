@@ -43,7 +43,7 @@ def free_ports(count: int) -> list[int]:
 @contextmanager
 def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
     """Start a head node; `home` is the BCT_HOME of everything that it runs."""
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, *agents = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray puts sockets in it
     environment = {
         **os.environ,
@@ -58,6 +58,14 @@ def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
     (folder / "token").write_text("0123456789abcdef" * 4)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
     command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}", f"--temp-dir={folder / 't'}"]
+    # The agents' default ports may be another Ray's of another test.
+    names = (
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+    )
+    command += [f"--{name}={port}" for name, port in zip(names, agents, strict=True)]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
