@@ -93,6 +93,7 @@ def measure_classifier(config: ClassifierBenchmark, progress: Callable[[str], No
     times: dict[str, list[list[float]]] = {kind: [] for kind in steps}
     for number in range(config.repeats + 1):
         progress(f"step {number} of {config.repeats}")
+        steps[name].run(number, device)  # not counted: after eager has given back its gigabytes, the next one is slow
         for kind, step in steps.items():  # side by side: what disturbs one disturbs the other
             times[kind].append(step.run(number, device))
     progress("ceilings of the machine")
