@@ -1,4 +1,4 @@
-"""Bytes to batches of images: DALI decodes and applies what was drawn. The only file that imports DALI."""
+"""Bytes to batches of images: DALI decodes and applies what was drawn. The product imports DALI here alone."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from pipeline.errors import ConfigError
-from pipeline.model.rows import batch_parts
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,3 @@ class ClassMesh:
         """Of the samples of every rank of the world, those of this rank's shard group."""
         assert len(parts) == self.ranks
         return parts[self.replica * self.shards :][: self.shards]
-
-    def parts(self, global_batch: int) -> list[int]:
-        """Samples that each rank of the world takes of a global batch."""
-        return batch_parts(global_batch, self.ranks)

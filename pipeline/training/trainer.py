@@ -107,8 +107,8 @@ class Trainer:
         window = None
         if self.config.accumulation > 1:
             window = self.classifier.window(labels_b, [sum(parts) for parts in zip(*self.parts, strict=True)], step)
+        rate = learning_rate(self.config.optimiser, step, self.config.steps)
         if self.fused:
-            rate = learning_rate(self.config.optimiser, step, self.config.steps)
             self.classifier.update = partial(self.row_optimiser.apply, rate=rate)
         total_H, sizes = torch.zeros_like(self.weight_H), [parts[self.rank] for parts in self.parts]
         for micro, (images, labels) in enumerate(
@@ -122,11 +122,10 @@ class Trainer:
                 self._discard(loss, begun=micro > 0)
                 return total_H, {}
             self.engine.backward(loss, last=micro == len(sizes) - 1)
-        return total_H, self._update(step)
+        return total_H, self._update(rate)
 
-    def _update(self, step: int) -> dict[str, float]:
+    def _update(self, rate: float) -> dict[str, float]:
         """Move the backbone and the prototypes, each clipped by its own norm."""
-        rate = learning_rate(self.config.optimiser, step, self.config.steps)
         norms = {"grad_norm/backbone": self.engine.step(rate)}
         if not self.fused:
             gradient_KD = self.classifier.gradient.total(self.mesh.replica_group)
