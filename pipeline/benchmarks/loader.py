@@ -18,14 +18,11 @@ from pydantic import Field
 
 from pipeline.benchmarks.loader_rivals import dali_decode, dali_graph, dali_reader, webdataset_pil
 from pipeline.benchmarks.measure import machine
-from pipeline.data.catalogue import FILE_NAME as CATALOGUE
-from pipeline.data.catalogue import records_of, save_catalogue
+from pipeline.data.finishing import write_data_set
 from pipeline.data.loader import TrainingLoader
-from pipeline.data.manifest import IDENTITIES, Manifest, ShardEntry
+from pipeline.data.manifest import Manifest
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
-from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Sample
-from pipeline.files import file_sha256
 from pipeline.identities import IdentityTable
 from pipeline.schema import Config
 
@@ -149,31 +146,6 @@ def _images(config: LoaderBenchmark) -> Iterator[bytes]:
 def _pack(folder: Path, images: list[bytes], shard_size: int) -> Manifest:
     """Shards, catalogue and manifest, without Ray."""
     table = IdentityTable.from_keys(f"id-{number:03d}" for number in range(IDENTITIES_COUNT))
-    entries: list[ShardEntry] = []
-    for first in range(0, len(images), shard_size):
-        tar = folder / f"shard-{len(entries):06d}.tar"
-        part = enumerate(images[first : first + shard_size], first)
-        samples = (Sample(f"s{n:08d}", raw, "jpg", table.keys[n % len(table)]) for n, raw in part)
-        count, digests = write_shard(tar, samples, table.row_of_key), (file_sha256(tar), file_sha256(index_path(tar)))
-        entries.append(
-            ShardEntry(
-                name=tar.name, samples=count, bytes=tar.stat().st_size, tar_sha256=digests[0], index_sha256=digests[1]
-            )
-        )
-    tars = [folder / entry.name for entry in entries]
-    save_catalogue(folder, (records_of(ShardIndex.load(tar, index_path(tar), len(table))) for tar in tars))
-    table.save(folder / IDENTITIES)
-    manifest = Manifest(
-        folder=folder,
-        name="benchmark",
-        source="0" * 64,
-        pack={},
-        samples=len(images),
-        identities_digest=table.digest,
-        identities_count=len(table),
-        catalogue_sha256=file_sha256(folder / CATALOGUE),
-        rejects={},
-        shards=tuple(entries),
-    )
-    manifest.save()
-    return manifest
+    samples = [Sample(f"s{n:08d}", raw, "jpg", table.keys[n % len(table)]) for n, raw in enumerate(images)]
+    parts = (samples[first : first + shard_size] for first in range(0, len(samples), shard_size))
+    return write_data_set(folder, "benchmark", table, parts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.catalogue import FILE_NAME as CATALOGUE
-from pipeline.data.catalogue import Records, save_catalogue
+from pipeline.data.catalogue import Records, records_of, save_catalogue
 from pipeline.data.manifest import IDENTITIES, Manifest, ShardEntry
+from pipeline.data.shards import ShardIndex, index_path, write_shard
+from pipeline.data.sources import Sample
 from pipeline.data.spool import ReadConfig
 from pipeline.data.summary import write_summary
 from pipeline.errors import DataError
@@ -98,23 +102,77 @@ def finished(destination: Path, fingerprint: str, config: ReadConfig) -> Manifes
 
 def finish(destination: Path, packed: PackedSet, config: ReadConfig) -> Manifest:
     """Write all that stands beside the shards, and the manifest last."""
-    shards = [entry for entry, _ in packed.shards]
-    save_catalogue(destination, (records for _, records in packed.shards))
-    packed.table.save(destination / IDENTITIES)
-    _write_rejects(destination / REJECTS_FILE, packed.rejects)
-    manifest = Manifest(
-        folder=destination,
-        name=packed.name,
+    manifest = describe(
+        destination,
+        packed.name,
+        packed.table,
+        packed.shards,
         source=packed.fingerprint,
         pack=config.model_dump(mode="json"),
-        samples=sum(entry.samples for entry in shards),
-        identities_digest=packed.table.digest,
-        identities_count=len(packed.table),
         rejects=count_rejects(packed.rejects),
-        shards=tuple(shards),
-        catalogue_sha256=file_sha256(destination / CATALOGUE),
     )
+    _write_rejects(destination / REJECTS_FILE, packed.rejects)
     write_summary(manifest, [records for _, records in packed.shards], packed.sizes)
+    manifest.save()
+    return manifest
+
+
+def describe_shard(tar: Path) -> tuple[ShardEntry, Records]:
+    """What the manifest says of a shard that `write_shard` wrote, and the records of its samples."""
+    records = records_of(ShardIndex.load(tar, index_path(tar)))
+    entry = ShardEntry(
+        name=tar.name,
+        samples=len(records),
+        bytes=tar.stat().st_size,
+        tar_sha256=file_sha256(tar),
+        index_sha256=file_sha256(index_path(tar)),
+    )
+    return entry, records
+
+
+def describe(
+    folder: Path,
+    name: str,
+    table: IdentityTable,
+    shards: Sequence[tuple[ShardEntry, Records]],
+    *,
+    source: str,
+    pack: dict[str, Any],
+    rejects: dict[str, int],
+) -> Manifest:
+    """Write catalogue and identity table of a folder of shards, and return its manifest, not yet written."""
+    save_catalogue(folder, (records for _, records in shards))
+    table.save(folder / IDENTITIES)
+    return Manifest(
+        folder=folder,
+        name=name,
+        source=source,
+        pack=pack,
+        samples=sum(entry.samples for entry, _ in shards),
+        identities_digest=table.digest,
+        identities_count=len(table),
+        rejects=rejects,
+        shards=tuple(entry for entry, _ in shards),
+        catalogue_sha256=file_sha256(folder / CATALOGUE),
+    )
+
+
+def write_data_set(folder: Path, name: str, table: IdentityTable, shards: Iterable[Iterable[Sample]]) -> Manifest:
+    """Write a small data set in this process, its images as they are: no Ray, no shuffle, no check.
+
+    Args:
+        folder: of the data set.
+        name: of the data set.
+        table: of the samples' identities.
+        shards: the samples of each shard.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    described = []
+    for number, samples in enumerate(shards):
+        tar = folder / f"shard-{number:06d}.tar"
+        write_shard(tar, samples, table.row_of_key)
+        described.append(describe_shard(tar))
+    manifest = describe(folder, name, table, described, source="0" * 64, pack={}, rejects={})
     manifest.save()
     return manifest
 

@@ -24,12 +24,12 @@ import ray
 from pydantic import Field
 
 from pipeline.data.catalogue import FILE_NAME as CATALOGUE
-from pipeline.data.catalogue import Records, records_of
-from pipeline.data.finishing import PackedSet, choose_identities, count_rejects, finish, finished
+from pipeline.data.catalogue import Records
+from pipeline.data.finishing import PackedSet, choose_identities, count_rejects, describe_shard, finish, finished
 from pipeline.data.manifest import FILE_NAME, IDENTITIES, Manifest, ShardEntry
 from pipeline.data.protocols import FILES as PROTOCOL_FILES
 from pipeline.data.protocols import EvaluationSource, save_protocol
-from pipeline.data.shards import ShardIndex, index_path, write_shard
+from pipeline.data.shards import index_path, write_shard
 from pipeline.data.sources import Source
 from pipeline.data.spool import (
     REJECTS,
@@ -43,7 +43,7 @@ from pipeline.data.spool import (
 )
 from pipeline.data.tasks import Progress, run_tasks, silent
 from pipeline.errors import DataError
-from pipeline.files import file_sha256, write_json
+from pipeline.files import write_json
 from pipeline.identities import IdentityTable
 from pipeline.schema import digest_json
 
@@ -267,12 +267,4 @@ def _write_one(
     """Write one shard, unless a pack that was killed finished it, and describe it and its samples."""
     if not (tar.exists() and index_path(tar).exists()):
         write_shard(tar, read_spooled(paths, files.tolist(), spans.tolist()), rows)
-    records = records_of(ShardIndex.load(tar, index_path(tar)))
-    entry = ShardEntry(
-        name=tar.name,
-        samples=len(records),
-        bytes=tar.stat().st_size,
-        tar_sha256=file_sha256(tar),
-        index_sha256=file_sha256(index_path(tar)),
-    )
-    return entry, records
+    return describe_shard(tar)

@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.catalogue import records_of, save_catalogue
+from pipeline.data.catalogue import Records
+from pipeline.data.finishing import describe, describe_shard
 from pipeline.data.loader import Batch, TrainingLoader, iterate_images
 from pipeline.data.manifest import Manifest, ShardEntry
 from pipeline.data.order import BalancedConfig, OrderConfig, SampleOrder
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters, noise_bank
 from pipeline.data.reading import UndecodableError
-from pipeline.data.shards import ShardIndex, index_path, write_shard
+from pipeline.data.shards import write_shard
 from pipeline.data.sources import Sample
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import file_sha256
 from pipeline.identities import IdentityTable
 
 Floats = npt.NDArray[np.float64]
@@ -92,31 +92,14 @@ def pack(folder: Path, pixels: list[npt.NDArray[np.uint8]], files: list[bytes]) 
     folder.mkdir(exist_ok=True)
     identities = [KEYS[5 * number % len(KEYS)] for number in range(len(files))]
     table = IdentityTable(tuple(KEYS))
-    entries: list[ShardEntry] = []
-    edges = np.cumsum([0, *SHARD_SIZES]).tolist()
-    for start, stop in pairwise(edges):
-        tar = folder / f"shard-{len(entries):05d}.tar"
-        samples = (Sample(f"s{n:04d}", files[n], "png", identities[n]) for n in range(start, stop))
-        count, hashes = write_shard(tar, samples, table.row_of_key), (file_sha256(tar), file_sha256(index_path(tar)))
-        size = tar.stat().st_size
-        entries.append(
-            ShardEntry(name=tar.name, samples=count, bytes=size, tar_sha256=hashes[0], index_sha256=hashes[1])
+    shards: list[tuple[ShardEntry, Records]] = []
+    for start, stop in pairwise(np.cumsum([0, *SHARD_SIZES]).tolist()):
+        tar = folder / f"shard-{len(shards):05d}.tar"
+        write_shard(
+            tar, (Sample(f"s{n:04d}", files[n], "png", identities[n]) for n in range(start, stop)), table.row_of_key
         )
-    table.save(folder / "identities.parquet")
-    tars = [folder / entry.name for entry in entries]
-    save_catalogue(folder, (records_of(ShardIndex.load(tar, index_path(tar), len(table))) for tar in tars))
-    Manifest(
-        folder=folder,
-        name="made by hand",
-        source="0" * 64,
-        pack={},
-        samples=len(files),
-        identities_digest=table.digest,
-        identities_count=len(table),
-        catalogue_sha256=file_sha256(folder / "catalogue.npy"),
-        rejects={},
-        shards=tuple(entries),
-    ).save()
+        shards.append(describe_shard(tar))
+    describe(folder, "made by hand", table, shards, source="0" * 64, pack={}, rejects={}).save()
     return DataSet(folder, Manifest.load(folder), pixels, identities)
 
 

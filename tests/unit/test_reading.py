@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 
 from pipeline.data.balanced import order_of
-from pipeline.data.catalogue import records_of, save_catalogue
-from pipeline.data.manifest import Manifest, ShardEntry
+from pipeline.data.finishing import write_data_set
+from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints, Order, OrderConfig, batch_positions
 from pipeline.data.reading import ShardReader
-from pipeline.data.shards import ShardIndex, index_path, write_shard
 from pipeline.data.sources import Sample
 from pipeline.data.store import LocalStore, ShardFiles
 from pipeline.errors import DataError
-from pipeline.files import file_sha256
 from pipeline.identities import NO_ROW, IdentityTable
 
 SIZES = [9, 4, 1, 12, 7, 3, 8, 5, 6, 10]
@@ -57,34 +55,16 @@ def data(tmp_path: Path) -> DataSet:
     rows = [rng.integers(len(KEYS), size=size).tolist() for size in SIZES]
     rows[2] = [0]
     folder, table = tmp_path / "data", IdentityTable(KEYS)
-    folder.mkdir()
-    entries, indices = [], []
-    for number, (images, of) in enumerate(zip(content, rows, strict=True)):
-        tar = folder / f"shard-{number:06d}.tar"
-        pairs = enumerate(zip(images, of, strict=True))
-        write_shard(
-            tar, (Sample(f"s{number}-{n}", image, "png", KEYS[row]) for n, (image, row) in pairs), table.row_of_key
-        )
-        indices.append(ShardIndex.load(tar, index_path(tar)))
-        sums = file_sha256(tar), file_sha256(index_path(tar))
-        size = tar.stat().st_size
-        entries.append(
-            ShardEntry(name=tar.name, samples=len(images), bytes=size, tar_sha256=sums[0], index_sha256=sums[1])
-        )
-        index_path(tar).unlink()
-    save_catalogue(folder, map(records_of, indices))
-    manifest = Manifest(
-        folder=folder,
-        name="bytes",
-        source="0" * 64,
-        pack={},
-        samples=sum(SIZES),
-        identities_digest=table.digest,
-        identities_count=len(KEYS),
-        catalogue_sha256=file_sha256(folder / "catalogue.npy"),
-        rejects={},
-        shards=tuple(entries),
+    shards = (
+        [
+            Sample(f"s{number}-{n}", image, "png", KEYS[row])
+            for n, (image, row) in enumerate(zip(images, of, strict=True))
+        ]
+        for number, (images, of) in enumerate(zip(content, rows, strict=True))
     )
+    manifest = write_data_set(folder, "bytes", table, shards)
+    for index in folder.glob("*.idx"):
+        index.unlink()
     return DataSet(folder, manifest, content, rows)
 
 
