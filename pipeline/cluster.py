@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.plan import Plan
 # times the throughput of everybody.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 POLL_S = 0.5
+MEANS_BATCH = 256  # images at a time, where a method asks for class means
 
 Progress = Callable[[str, int, dict[str, float]], None]  # generation, steps done, figures
 
@@ -126,7 +127,7 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 def _train_one(plan: Plan, board: Any) -> None:
-    from pipeline.data.loader import TrainingLoader
+    from pipeline.data.loader import TrainingLoader, iterate_identities
     from pipeline.data.quarantine import Quarantine
     from pipeline.data.store import open_store
     from pipeline.data.store_metadata import metadata_folder
@@ -141,6 +142,11 @@ def _train_one(plan: Plan, board: Any) -> None:
     folder = metadata_folder(plan.data, config.data.store)
     identities, manifest = IdentityTable.load(plan.identities), Manifest.load(folder)
     store = open_store(plan.data, manifest, config.data.store)
+
+    def images_of(first_row: int, end_row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        part = (identities, first_row, end_row, config.preprocess, MEANS_BATCH)
+        return iterate_identities(folder, manifest, *part, threads=threads, device=device, store=store)
+
     trainer = Trainer(
         plan.record.name,
         identities,
@@ -153,6 +159,7 @@ def _train_one(plan: Plan, board: Any) -> None:
         plan.record.config_digest,
         generation.seed,
         device,
+        images_of,
     )
 
     def open_loader(start_step: int) -> TrainingLoader:

@@ -17,7 +17,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from pipeline.compat.parents import CompatConfig
+from pipeline.compat.methods import CompatConfig
+from pipeline.compat.methods.bct import Bct
 from pipeline.data.order import OrderConfig
 from pipeline.data.packing import PackConfig
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
@@ -54,6 +55,9 @@ class DataConfig(Config):
         "data/train", description="folder of the training shards, relative to home, or a URL: s3://, gs://, https://"
     )
     test: Path | None = Field(Path("data/test"), description="folder of the held-out shards; none: no evaluation")
+    validation: Path | None = Field(
+        None, description="folder of the shards on which methods and weights are chosen; none: nothing is chosen"
+    )
     source: Literal["typefaces", "none"] = Field(
         "none", description="typefaces: fetch, render and pack them where missing; none: the shards must be there"
     )
@@ -86,7 +90,7 @@ class GenerationConfig(Config):
     paragon_of: str | None = Field(None, description="the generation whose update gain this one is the yardstick of")
     backbone: BackboneConfig = BackboneConfig()
     margin: MarginConfig = MarginConfig(name="cosface", scale=20.0, m3=0.2)
-    compat: CompatConfig = CompatConfig()
+    compat: CompatConfig = Bct()
     classifier: ClassifierConfig = ClassifierConfig()
     augment: AugmentConfig = AugmentConfig()
     training: TrainingConfig = TrainingConfig()
@@ -94,8 +98,11 @@ class GenerationConfig(Config):
 
     @model_validator(mode="after")
     def _parents_fit_the_method(self) -> Self:
-        if self.parents and self.compat.method == "independent":
-            raise ValueError("compat.method 'independent' takes no parents; remove them or choose 'bct'")
+        method = self.compat.method
+        if self.parents and not self.compat.takes_parents:
+            raise ValueError(f"compat.method {method!r} takes no parents; remove them or choose 'bct'")
+        if self.compat.starts_from_parent and len(self.parents) != 1:
+            raise ValueError(f"compat.method {method!r} needs exactly one parent, whose weights it starts from")
         if self.classifier.start not in (None, *self.parents):
             raise ValueError(f"classifier.start {self.classifier.start!r} is none of the generation's parents")
         return self

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from pipeline.generation import Generation
@@ -15,21 +12,9 @@ from pipeline.identities import Alignment, IdentityTable, align
 from pipeline.model.heads import Head
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import row_range
-from pipeline.schema import Config
 
 Rows = npt.NDArray[np.int64]
 LENGTH_ROWS = 4096  # prototypes of a parent whose mean length stands for all
-
-
-class CompatConfig(Config):
-    """How a generation is held to its parents."""
-
-    method: Literal["bct", "independent"] = Field(
-        "bct",
-        description="bct: the influence loss on the parents' classifiers (Shen et al. 2020, Eq. 8, T_old); "
-        "independent: no tie, the paragon",
-    )
-    weight: float = Field(1.0, ge=0, description="lambda, the factor on each parent's influence loss")
 
 
 def parent_part(old: IdentityTable, new: IdentityTable, shard: int, shards: int) -> tuple[Rows, Rows]:
@@ -66,12 +51,16 @@ def start_from(weight_CD: Tensor, parent: Generation, new: IdentityTable, mesh: 
     """
     kept, new_rows = _kept(align(parent.identities(), new), len(new), mesh.shard, mesh.shards)
     first_row, _ = row_range(len(new), mesh.shard, mesh.shards)
-    some = np.arange(min(parent.record.identities, LENGTH_ROWS), dtype=np.int64)  # the same on every rank
-    length = parent.read_classifier_rows(some).norm(dim=1).mean()
-    weight_CD.mul_(length.to(weight_CD.device) / weight_CD.norm(dim=1, keepdim=True))
+    weight_CD.mul_(prototype_length(parent) / weight_CD.norm(dim=1, keepdim=True))
     dim = min(weight_CD.shape[1], parent.record.backbone.embedding_dim)
     places = torch.from_numpy(new_rows - first_row).to(weight_CD.device)
     weight_CD[places, :dim] = parent.read_classifier_rows(kept)[:, :dim].to(weight_CD.device)
+
+
+def prototype_length(parent: Generation) -> float:
+    """Mean length of a parent's prototypes, over the first ones: the same on every rank."""
+    some = np.arange(min(parent.record.identities, LENGTH_ROWS), dtype=np.int64)
+    return float(parent.read_classifier_rows(some).norm(dim=1).mean())
 
 
 def _kept(alignment: Alignment, rows: int, shard: int, shards: int) -> tuple[Rows, Rows]:

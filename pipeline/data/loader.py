@@ -241,10 +241,59 @@ def iterate_images(
     Raises:
         DataError: a shard cannot be read, or a sample does not decode.
     """
+    rows = np.arange(len(manifest.identities()))
+    reader = ShardReader(folder, manifest, rows, limit=2)
+    for work, images_BCHW in _decoded_once(reader, preprocess, batch_size, threads, device):
+        yield images_BCHW, work.step * batch_size
+
+
+def iterate_identities(
+    folder: Path,
+    manifest: Manifest,
+    identities: IdentityTable,
+    first_row: int,
+    end_row: int,
+    preprocess: PreprocessConfig,
+    batch_size: int,
+    *,
+    threads: int = 1,
+    device: str | torch.device = "cpu",
+    store: ShardFiles | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decode every sample of some identities once, in the shards' order, without augmentation.
+
+    Args:
+        folder: of the data set's metadata, and of its shards unless `store` has them.
+        manifest: of the data set.
+        identities: the run's table.
+        first_row: of the table: the first of the identities.
+        end_row: after the last.
+        preprocess: what is done to an image.
+        batch_size: samples at a time; the last batch may be shorter.
+        threads: of the decoder.
+        device: "cpu" or "cuda:N": where images are decoded, and left.
+        store: of the shards; None: they lie in `folder`.
+
+    Yields:
+        (B, channels, size, size) float32 images, and their (B,) int64 rows of the table.
+
+    Raises:
+        DataError: a shard cannot be read, or a sample does not decode.
+    """
+    rows = _labels(manifest, identities)
+    inside = (rows >= first_row) & (rows < end_row)
+    reader = ShardReader(folder, manifest, np.where(inside, rows, NO_ROW), limit=2, store=store)
+    for work, images_BCHW in _decoded_once(reader, preprocess, batch_size, threads, device):
+        yield images_BCHW, torch.from_numpy(work.labels_B).to(images_BCHW.device)
+
+
+def _decoded_once(
+    reader: ShardReader, preprocess: PreprocessConfig, batch_size: int, threads: int, device: str | torch.device
+) -> Iterator[tuple[Work, Tensor]]:
+    """All samples that take part, in the shards' order."""
     assert batch_size > 0, "a batch holds at least one sample"
-    starts = np.cumsum([0, *(entry.samples for entry in manifest.shards)])
+    starts = np.cumsum([0, *reader.selection.sizes()])
     total = int(starts[-1])
-    reader = ShardReader(folder, manifest, np.arange(len(manifest.identities())), limit=2)
 
     def read(number: int) -> Work:
         indices = np.arange(number * batch_size, min((number + 1) * batch_size, total))
@@ -252,5 +301,4 @@ def iterate_images(
         return reader.read(number, shards, indices - starts[shards])
 
     decoder = Decoder(preprocess, AugmentConfig(), 0, batch_size, threads, torch.device(device))
-    for work, images_BCHW in _decoded(reader, decoder, read, range(-(-total // batch_size))):
-        yield images_BCHW, work.step * batch_size
+    yield from _decoded(reader, decoder, read, range(-(-total // batch_size)))

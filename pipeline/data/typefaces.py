@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.identities import IdentityTable
 from pipeline.schema import Config, digest_json
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 
 RENDERING = 1  # raise it when an image of the same config changes: fingerprints then differ
 FAMILIES = {"small": SMALL_FAMILIES, "full": FULL_FAMILIES}
@@ -52,32 +52,53 @@ class TypefaceConfig(Config):
     held_out_identities: int = Field(
         default=1000, ge=1, le=6354, description="How many of the 6,355 characters are kept for the test split."
     )
+    validation_families: tuple[str, ...] = Field(
+        default=(), description="Families of the validation split, taken from the training ones; none: no such split."
+    )
+    validation_identities: int = Field(
+        default=500,
+        ge=1,
+        le=6354,
+        description="How many further characters the validation split takes, if there is one.",
+    )
     max_identities: int | None = Field(
         default=None, ge=1, le=6355, description="At most so many identities in a split (tiny tests)."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the choice of held-out identities and of the degradation.")
     size: int = Field(default=40, ge=16, le=512, description="Side of the rendered images in pixels.")
     enrol_family: str = Field(
-        default="zen-kurenaido", description="Family whose test images form the gallery; all others are queries."
+        default="zen-kurenaido",
+        description="Family whose test images form the gallery; all others are queries. "
+        "The validation split enrols its first family.",
     )
 
     @model_validator(mode="after")
     def _families_are_known(self) -> Self:
         known = FAMILIES[self.profile]
-        for field in ("families", "held_out_families"):
+        for field in ("families", "held_out_families", "validation_families"):
             for family in getattr(self, field) or ():
                 if family not in known:
                     raise ConfigError(
                         f"typefaces.{field}: {family!r} is no family of profile {self.profile!r}; "
                         f"choose among {', '.join(known)}"
                     )
+        if both := set(self.validation_families) & set(self._test_families):
+            raise ConfigError(
+                f"typefaces.validation_families: {min(both)!r} is held out for the test; what is tuned on it would be "
+                "tuned on the test's typefaces"
+            )
         return self
+
+    @property
+    def _test_families(self) -> tuple[str, ...]:
+        return self.held_out_families if self.held_out_families is not None else HELD_OUT[self.profile]
 
     def families_of(self, split: Split) -> tuple[str, ...]:
         """Families of a split, in the profile's order."""
-        held_out = self.held_out_families if self.held_out_families is not None else HELD_OUT[self.profile]
+        held_out = {"test": self._test_families, "validation": self.validation_families}
+        elsewhere = {family: name for name, families in held_out.items() for family in families}
         chosen = [f for f in FAMILIES[self.profile] if self.families is None or f in self.families]
-        return tuple(family for family in chosen if (family in held_out) == (split == "test"))
+        return tuple(family for family in chosen if elsewhere.get(family, "train") == split)
 
     def identities_of(self, split: Split) -> IdentityTable:
         """Identities that a split may hold; no two splits share one, whatever the families are.
@@ -85,18 +106,23 @@ class TypefaceConfig(Config):
         The choice hashes (seed, key): it depends on nothing but the seed and the number.
         """
         table = IdentityTable.from_keys(map(identity_key, jis_kanji()))
-        held_out = table.subset(self.held_out_identities, self.seed)
-        if split == "test":
-            mine = held_out
-        else:
-            mine = IdentityTable(tuple(key for key in table.keys if key not in held_out.row_of_key))
+        held_out = {"test": table.subset(self.held_out_identities, self.seed)}
+        left = _without(table, held_out["test"])
+        if self.validation_families:
+            held_out["validation"] = left.subset(self.validation_identities, self.seed)
+            left = _without(left, held_out["validation"])
+        mine = held_out.get(split, left)
         return mine if self.max_identities is None else mine.subset(min(self.max_identities, len(mine)), self.seed)
+
+
+def _without(table: IdentityTable, other: IdentityTable) -> IdentityTable:
+    return IdentityTable(tuple(key for key in table.keys if key not in other.row_of_key))
 
 
 class TypefaceSource:
     """Rendered characters as a `Source`; one part is one typeface.
 
-    The train split is train families x train identities, clean. The test split is held-out families x
+    The train split is train families x train identities, clean. The other splits are held-out families x
     held-out identities, each image degraded in its own fixed way; the attribute `role` is `gallery` in the
     enrolment family and `query` in the others. Identities with fewer than `min_images` images in the split are
     not part of it (packing drops them: no single part can know).
@@ -104,10 +130,10 @@ class TypefaceSource:
     Args:
         config: what to render.
         cache_dir: where the font packages are kept.
-        split: `train` or `test`.
+        split: `train`, `validation` or `test`.
 
     Raises:
-        ConfigError: the split has no family, or the test split lacks the enrolment family.
+        ConfigError: the split has no family, or lacks the enrolment family.
     """
 
     min_images = 2
@@ -119,7 +145,8 @@ class TypefaceSource:
         families = config.families_of(split)
         if not families:
             raise ConfigError(f"typefaces: the {split} split has no family; widen `families` or `held_out_families`")
-        if split == "test" and config.enrol_family not in families:
+        self.enrol_family = families[0] if split == "validation" else config.enrol_family
+        if split != "train" and self.enrol_family not in families:
             raise ConfigError(
                 f"typefaces.enrol_family: {config.enrol_family!r} is not among the held-out families "
                 f"({', '.join(families)}); the gallery would be empty"
@@ -166,5 +193,5 @@ class TypefaceSource:
                 yield Sample(key, encode_png(clean), "png", identity, {"typeface": part})
             else:
                 image = encode_png(degrade(clean, self.config.seed, key))
-                role = "gallery" if part == self.config.enrol_family else "query"
+                role = "gallery" if part == self.enrol_family else "query"
                 yield Sample(key, image, "png", identity, {"typeface": part, "role": role})

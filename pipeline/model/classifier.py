@@ -1,14 +1,13 @@
 """The classifier sharded by identity over the ranks, with the parents' frozen classifiers beside it.
 
-However many heads there are, a step costs three collectives: one gather of features and labels, one exchange of
-softmax statistics, one reduce-scatter of feature gradients. `docs/classifier.md` has the mathematics.
+However many heads and further losses there are, a step costs three collectives: one gather of features and labels, one
+exchange of softmax statistics, one reduce-scatter of feature gradients. `docs/classifier.md` has the mathematics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,13 +16,15 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.model import collectives
-from pipeline.model.heads import NOT_HERE, Head, HeadBatch, combine, feature_gradient, statistics
+from pipeline.model.heads import NOT_HERE, Distil, Head
 from pipeline.model.implementations import Name, Precision, Sink, choose
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.row_gradient import Columns, RowGradient, span
 from pipeline.model.rows import initial_rows, row_range
 from pipeline.model.sampling import most_sampled, sampled
+from pipeline.model.sharded_losses import ShardedLosses
+from pipeline.model.terms import BatchLoss
 from pipeline.schema import Config
 
 
@@ -58,7 +59,7 @@ class Window:
     """What the micro-batches of one update share: their prototypes, and over how many samples each loss is a mean."""
 
     selection: Selection
-    samples_H: Tensor
+    samples_L: Tensor
 
 
 class ShardedClassifier:
@@ -74,6 +75,8 @@ class ShardedClassifier:
         dim: embedding dimension.
         margin: of the new classifier.
         parents: frozen heads, this rank's part of each, aligned to the same identity table.
+        batch_losses: over the gathered batch, without prototypes.
+        local_losses: names of those that each rank computes for its own samples.
         seed: of the initial rows and of the sampling, which are the same at every world size.
         mesh: which ranks hold it.
         config: implementation, precision and sampling.
@@ -90,12 +93,16 @@ class ShardedClassifier:
         dim: int,
         margin: MarginConfig,
         parents: Sequence[Head] = (),
+        *,
+        batch_losses: Sequence[BatchLoss] = (),
+        local_losses: Sequence[str] = (),
         seed: int = 0,
         mesh: ClassMesh | None = None,
         config: ClassifierConfig | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.name, self.rows, self.margin, self.parents = name, rows, margin, tuple(parents)
+        self.batch_losses, self.local_losses = tuple(batch_losses), tuple(local_losses)
         self.config, self.seed, self.mesh = config or ClassifierConfig(), seed, mesh or ClassMesh()
         self.implementation = choose(self.config.implementation, self.config.precision, torch.device(device))
         self.first_row, self.end_row = row_range(rows, self.mesh.shard, self.mesh.shards)
@@ -109,14 +116,27 @@ class ShardedClassifier:
         own = Head(self.name, self.weight_CD, range(self.first_row, self.end_row), self.margin)
         return (own, *self.parents)
 
-    def __call__(
-        self, features_bD: Tensor, labels_b: Tensor, parts: Sequence[int], step: int = 0, window: Window | None = None
-    ) -> Tensor:
-        """Losses of the global batch, one a head, the same on every rank.
+    @property
+    def loss_names(self) -> list[str]:
+        """Of what a call returns: the new head, the parents' heads, the losses of the batch, those of the ranks."""
+        heads = [head.name for head in self.heads]
+        return [*heads, *(loss.name for loss in self.batch_losses), *self.local_losses]
 
-        Each loss is the mean of log-sum-exp minus own logit over those samples of the global batch whose identity
-        has a prototype in that head; 0 where none has. `backward` gives each rank the gradient of these global
-        means with respect to its own features and rows: nothing is left to be averaged.
+    def __call__(
+        self,
+        features_bD: Tensor,
+        labels_b: Tensor,
+        parts: Sequence[int],
+        step: int = 0,
+        window: Window | None = None,
+        guides_bE: Tensor | None = None,
+        locals_bK: Tensor | None = None,
+    ) -> Tensor:
+        """Losses of the global batch, the same on every rank.
+
+        Each loss is the mean over those samples of the global batch that count for it (for a head, those whose
+        identity has a prototype in it); 0 where none does. `backward` gives each rank the gradient of these global
+        means with respect to its own features, rows and local losses: nothing is left to be averaged.
 
         Args:
             features_bD: (b, D) float32 or float64, this rank's part of the global batch, not normalised.
@@ -124,9 +144,11 @@ class ShardedClassifier:
             parts: samples of each rank of the world.
             step: names the sampled prototypes.
             window: of the update that this batch is a part of; None: it is the whole.
+            guides_bE: (b, E) the parents' features of the same images, side by side, where a loss asks for them.
+            locals_bK: (b, K) losses of `local_losses`.
 
         Returns:
-            (1 + parents,) losses; under a window, the batch's share of them.
+            (losses,) in the order of `loss_names`; under a window, the batch's share of them.
 
         Raises:
             DataError: a label is outside the table.
@@ -134,10 +156,13 @@ class ShardedClassifier:
         self._check(labels_b)
         group_parts = self.mesh.group_parts(list(parts))
         assert len(features_bD) == len(labels_b) == group_parts[self.mesh.shard], "not this rank's part of the batch"
-        losses_H: Tensor = _ShardedSoftmax.apply(  # type: ignore[no-untyped-call]
-            features_bD, labels_b, self, max(parts), step, window
+        none_b0 = features_bD.new_zeros(len(features_bD), 0)
+        guides_bE, locals_bK = (none_b0 if extra is None else extra for extra in (guides_bE, locals_bK))
+        assert locals_bK.shape[1] == len(self.local_losses)
+        losses_L: Tensor = ShardedLosses.apply(  # type: ignore[no-untyped-call]
+            features_bD, locals_bK, guides_bE, labels_b, self, max(parts), step, window
         )
-        return losses_H
+        return losses_L
 
     def window(self, labels_b: Tensor, parts: Sequence[int], step: int) -> Window:
         """Prepare an update of several micro-batches. Collective.
@@ -150,10 +175,13 @@ class ShardedClassifier:
         self._check(labels_b)
         labels_B = collectives.gather_labels(labels_b, max(parts), self.mesh.shard_group)
         labels_B = self._over_replicas(labels_B, max(parts))
-        count_H = torch.stack([(head.columns_of(labels_B) != NOT_HERE).sum() for head in self.heads])
+        all_B = (labels_B != NOT_HERE).sum()
+        known_H = torch.stack([(head.columns_of(labels_B) != NOT_HERE).sum() for head in self.heads])
         if self.mesh.shard_group is not None:
-            dist.all_reduce(count_H, group=self.mesh.shard_group)
-        return Window(self._select(labels_B, step), count_H)
+            dist.all_reduce(known_H, group=self.mesh.shard_group)
+        counts = [_counted(head, known, all_B) for head, known in zip(self.heads, known_H, strict=True)]
+        counts += [all_B] * (len(self.batch_losses) + len(self.local_losses))
+        return Window(self._select(labels_B, step), torch.stack(counts))
 
     def selection(self, labels_B: Tensor, longest: int, step: int) -> Selection:
         """The prototypes of a step whose shard group has the samples `labels_B`. Collective if it samples."""
@@ -195,49 +223,8 @@ class ShardedClassifier:
             )
 
 
-class _ShardedSoftmax(torch.autograd.Function):
-    """Forward scans the prototypes once, which gives the losses and the feature gradients but for their factors;
-    backward passes over the new ones again, for their own gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features_bD: Tensor,
-        labels_b: Tensor,
-        classifier: ShardedClassifier,
-        longest: int,
-        step: int,
-        window: Window | None,
-    ) -> Tensor:
-        mesh = classifier.mesh
-        features_BD, labels_B = collectives.gather_batch(features_bD, labels_b, longest, mesh.shard_group)
-        selection = window.selection if window else classifier.selection(labels_B, longest, step)
-        batches = [HeadBatch.of(head, features_BD, labels_B) for head in selection.heads]
-        scans = [classifier.implementation.scan(batch) for batch in batches]
-        own_HBS = torch.stack([statistics(batch, scan) for batch, scan in zip(batches, scans, strict=True)])
-        joined_WHBS = collectives.exchange(own_HBS, mesh.shard_group)
-        log_sum_exp_HB, own_HB, known_HB = combine(joined_WHBS)
-        loss_HB = torch.where(known_HB, log_sum_exp_HB - own_HB, 0.0)
-        totals_2H = torch.stack([loss_HB.sum(dim=1), known_HB.sum(dim=1).to(loss_HB.dtype)])
-        if mesh.replica_group is not None:
-            dist.all_reduce(totals_2H, group=mesh.replica_group)
-        samples_H = (window.samples_H.to(loss_HB.dtype) if window else totals_2H[1]).clamp_min(1)
-        ctx.classifier, ctx.columns, ctx.batches, ctx.scans = classifier, selection.columns[0], batches, scans
-        ctx.log_sum_exp_HB, ctx.weight_HB = log_sum_exp_HB, known_HB / samples_H[:, None]
-        ctx.samples = len(features_bD)
-        return totals_2H[0] / samples_H
-
-    @staticmethod
-    def backward(ctx: Any, *loss_gradients_H: Tensor) -> tuple[Tensor | None, ...]:
-        classifier, batches, scans = ctx.classifier, ctx.batches, ctx.scans
-        weight_HB = ctx.weight_HB * loss_gradients_H[0][:, None]
-        total_BD = torch.zeros_like(batches[0].unit_BD)
-        for batch, scan, log_sum_exp_B, weight_B in zip(batches, scans, ctx.log_sum_exp_HB, weight_HB, strict=True):
-            gradient_BD = feature_gradient(batch, scan, log_sum_exp_B, weight_B)
-            total_BD[:, : gradient_BD.shape[1]] += gradient_BD
-        scattered = collectives.ReduceScatter(total_BD, classifier.mesh.shard_group)  # on its way during what follows
-        new = batches[0]
-        sink = classifier.sink(ctx.columns, new.head.weight_CD)
-        classifier.implementation.weight_gradient(new, scans[0], ctx.log_sum_exp_HB[0], weight_HB[0], sink)
-        return scattered.wait()[: ctx.samples], None, None, None, None, None
+def _counted(head: Head, known: Tensor, samples: Tensor) -> Tensor:
+    """How many samples count for a head, of which it knows the identities of some."""
+    if isinstance(head.objective, Distil):
+        return samples - known if head.objective.unknown_only else samples
+    return known

@@ -10,22 +10,23 @@ from pipeline.model.heads import NOT_HERE
 
 
 def gather_batch(
-    features_bD: Tensor, labels_b: Tensor, longest: int, group: dist.ProcessGroup | None
+    columns_bK: Tensor, labels_b: Tensor, longest: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels of all ranks by one collective, padded to `longest` a rank with labels that match nothing.
+    """Features (and what else there is of a sample) and labels of all ranks by one collective.
 
-    The labels travel as further columns, their bits unchanged.
+    A rank's part is padded to `longest` samples with labels that match nothing. The labels travel as further columns,
+    their bits unchanged.
     """
     if group is None:
-        return features_bD.detach(), labels_b
-    dim = features_bD.shape[1]
-    bits_bL = labels_b[:, None].view(features_bD.dtype)
-    padding_1L = torch.full((1, 1), NOT_HERE, dtype=labels_b.dtype, device=labels_b.device).view(features_bD.dtype)
-    packed_bK = features_bD.new_zeros(longest, dim + bits_bL.shape[1])
-    packed_bK[:, dim:] = padding_1L
-    packed_bK[: len(features_bD)] = torch.cat([features_bD.detach(), bits_bL], dim=1)
-    all_BK = gather(packed_bK, group)
-    return all_BK[:, :dim].contiguous(), all_BK[:, dim:].contiguous().view(labels_b.dtype).flatten()
+        return columns_bK.detach(), labels_b
+    width = columns_bK.shape[1]
+    bits_bL = labels_b[:, None].view(columns_bK.dtype)
+    padding_1L = torch.full((1, 1), NOT_HERE, dtype=labels_b.dtype, device=labels_b.device).view(columns_bK.dtype)
+    packed_bP = columns_bK.new_zeros(longest, width + bits_bL.shape[1])
+    packed_bP[:, width:] = padding_1L
+    packed_bP[: len(columns_bK)] = torch.cat([columns_bK.detach(), bits_bL], dim=1)
+    all_BP = gather(packed_bP, group)
+    return all_BP[:, :width].contiguous(), all_BP[:, width:].contiguous().view(labels_b.dtype).flatten()
 
 
 def gather_labels(labels_b: Tensor, longest: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -37,11 +38,11 @@ def gather_labels(labels_b: Tensor, longest: int, group: dist.ProcessGroup | Non
     return gather(padded_b, group)
 
 
-def exchange(own_HBS: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(W, H, B, S) statistics of all heads and ranks by one collective."""
+def exchange(own_KBS: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(W, K, B, S) statistics of all losses and ranks by one collective."""
     if group is None:
-        return own_HBS[None]
-    return gather(own_HBS, group).view(-1, *own_HBS.shape)
+        return own_KBS[None]
+    return gather(own_KBS, group).view(-1, *own_KBS.shape)
 
 
 def gather(part: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -7,7 +7,8 @@ millions of prototypes knows no margin. `docs/classifier.md` derives the whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +26,54 @@ STATISTICS = 3
 
 
 @dataclass(frozen=True)
+class Identify:
+    """Softmax towards the own identity's prototype, over the samples whose identity has one."""
+
+    def only(self, _: Tensor) -> Identify:
+        """For some of the prototypes."""
+        return self
+
+
+@dataclass(frozen=True)
+class Distil:
+    """Softmax towards the parent's own probabilities.
+
+    Attributes:
+        guide: columns of the parent's features among those that are gathered.
+        unknown_only: over the samples whose identity has no prototype here, not over all.
+    """
+
+    guide: slice
+    unknown_only: bool
+
+    def only(self, _: Tensor) -> Distil:
+        """For some of the prototypes."""
+        return self
+
+
+@dataclass(frozen=True)
+class Approach:
+    """A penalty on the cosine to the own identity's prototype.
+
+    Attributes:
+        radius_C: (C,) how far from its prototype the parent's features of each identity lie.
+        penalty: (M,) cosines and (M,) radii to (M,) losses, differentiable by the cosines.
+    """
+
+    radius_C: Tensor
+    penalty: Callable[[Tensor, Tensor], Tensor]
+
+    def only(self, columns_K: Tensor) -> Approach:
+        """For some of the prototypes."""
+        return replace(self, radius_C=self.radius_C[columns_K])
+
+
+Objective = Identify | Distil | Approach
+
+
+@dataclass(frozen=True)
 class Head:
-    """The prototypes of one classifier that this rank holds.
+    """The prototypes of one classifier that this rank holds, and what a sample's features are to do with them.
 
     Attributes:
         name: of the generation; the key of its loss.
@@ -40,6 +87,7 @@ class Head:
     weight_CD: Tensor
     rows_C: Tensor | range
     margin: MarginConfig
+    objective: Objective = Identify()
 
     def columns_of(self, labels_B: Tensor) -> Tensor:
         """(B,) place of each label's prototype in `weight_CD`, NOT_HERE where this rank has none."""
@@ -54,7 +102,9 @@ class Head:
     def only(self, columns_K: Tensor) -> Head:
         """The head with a copy of some of its prototypes; `columns_K` ascend."""
         rows_K = columns_K + self.rows_C.start if isinstance(self.rows_C, range) else self.rows_C[columns_K]
-        return Head(self.name, self.weight_CD[columns_K], rows_K, self.margin)
+        return replace(
+            self, weight_CD=self.weight_CD[columns_K], rows_C=rows_K, objective=self.objective.only(columns_K)
+        )
 
     @property
     def bounded(self) -> bool:

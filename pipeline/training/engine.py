@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.compat.base import Companion
 from pipeline.schema import Config
 from pipeline.training.optimiser import OptimiserConfig, backbone_groups, build_optimiser, set_learning_rate
 
@@ -40,8 +41,23 @@ class _Scale(torch.autograd.Function):
         return gradients[0] * ctx.factor, None
 
 
+class _Pair(nn.Module):
+    """A backbone and its method's learned parts, which DeepSpeed trains as one."""
+
+    def __init__(self, backbone: nn.Module, companion: Companion | None) -> None:
+        super().__init__()
+        self.backbone, self.companion = backbone, companion
+
+    def forward(self, images_bCHW: Tensor, guides_bE: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
+        features_bD = self.backbone(images_bCHW).float()
+        if self.companion is None:
+            return features_bD, features_bD.new_zeros(len(features_bD), 0)
+        classified_bD, losses_bK = self.companion(features_bD, guides_bE, labels_b)
+        return classified_bD.float(), losses_bK.float()
+
+
 class BackboneEngine:
-    """A backbone under DeepSpeed.
+    """A backbone, and what its method sets beside it, under DeepSpeed.
 
     The classifier gives each rank the gradient of the *global* mean loss with respect to its own features; DeepSpeed
     averages the backbone's gradients over the ranks, which would divide by their number once too often. The features
@@ -55,17 +71,22 @@ class BackboneEngine:
         config: EngineConfig,
         samples_per_rank: int,
         accumulation: int = 1,
+        companion: Companion | None = None,
     ) -> None:
+        pair = _Pair(backbone, companion)
         self.config, self.world_size, self.clip = config, dist.get_world_size(), optimiser.clip
-        base = build_optimiser(optimiser, backbone_groups(backbone, optimiser))
-        self._engine: Any = _initialise(backbone, base, config, samples_per_rank, accumulation, optimiser.clip)
+        base = build_optimiser(optimiser, backbone_groups(pair, optimiser))
+        self._engine: Any = _initialise(pair, base, config, samples_per_rank, accumulation, optimiser.clip)
         self._base = base
         self._make_optimiser_state()
 
-    def features(self, images_bCHW: Tensor) -> Tensor:
-        """(b, D) float32 features of this rank's images."""
-        features_bD = self._engine(images_bCHW).float()
-        return cast(Tensor, _Scale.apply(features_bD, float(self.world_size)))  # type: ignore[no-untyped-call]
+    def features(self, images_bCHW: Tensor, guides_bE: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, D) float32 features of this rank's images as the classifier is to see them, (b, K) local losses."""
+        features_bD, losses_bK = self._engine(images_bCHW, guides_bE, labels_b)
+        return self._scaled(features_bD), self._scaled(losses_bK)
+
+    def _scaled(self, out_bK: Tensor) -> Tensor:
+        return cast(Tensor, _Scale.apply(out_bK, float(self.world_size)))  # type: ignore[no-untyped-call]
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's share of the loss; after the `last` one of an update, join the ranks'.
@@ -121,10 +142,15 @@ class BackboneEngine:
                 self._set_full(parameter, key, state[f"optimiser.{key}.{name}"])
         self._set_steps(step)
 
-    def backbone_state(self) -> dict[str, Tensor]:
-        """The backbone's state dict in full, for the artefact. Collective."""
+    def module_states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """State dicts, in full, of the backbone and of its companion, for the artefact. Collective."""
         kinds = ("weight.", "buffer.")
-        return {name.split(".", 1)[1]: value for name, value in self.state().items() if name.startswith(kinds)}
+        whole = {name.split(".", 1)[1]: value for name, value in self.state().items() if name.startswith(kinds)}
+        backbone, companion = (
+            {name.removeprefix(f"{part}."): value for name, value in whole.items() if name.startswith(f"{part}.")}
+            for part in ("backbone", "companion")
+        )
+        return backbone, companion
 
     def _averaged_buffers(self) -> list[tuple[str, Tensor]]:
         buffers = list(self._engine.module.named_buffers())

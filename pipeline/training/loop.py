@@ -33,7 +33,7 @@ class Observer(Protocol):
     """Sees how a run goes; called on rank 0 alone, and must not block."""
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the figures after `step` updates: `loss/NAME` of each head, `grad_norm/*`, `samples_per_s`."""
+        """Take the figures after `step` updates: `loss/NAME` of each loss, `grad_norm/*`, `samples_per_s`."""
 
 
 def train(
@@ -61,9 +61,9 @@ def train(
     watch = Watch(trainer, observer, done)
     for step in range(done, trainer.config.steps):
         batch = next(batches)
-        losses_H, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
-        watch.check(losses_H, step)
-        watch.report(step + 1, losses_H, norms)
+        losses_L, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
+        watch.check(losses_L, step)
+        watch.report(step + 1, losses_L, norms)
         if (step + 1) % trainer.config.checkpoint_every == 0 or step + 1 == trainer.config.steps:
             trainer.save(checkpoints, step + 1)
     export(trainer, batches, destination, record, identities)
@@ -74,7 +74,7 @@ def export(
 ) -> None:
     """Write the artefact: each rank its rows, rank 0 the rest. Collective."""
     beside = destination.with_name(f".{destination.name}.tmp")
-    backbone = trainer.engine.backbone_state()
+    backbone, _ = trainer.engine.module_states()
     if trainer.rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -97,13 +97,13 @@ class Watch:
         self.unusable = 0
         self.last_step, self.last_time = done, time.monotonic()
 
-    def check(self, losses_H: Tensor, step: int) -> None:
+    def check(self, losses_L: Tensor, step: int) -> None:
         """Count the steps on which nobody moved because a loss was no number.
 
         Raises:
             TrainingError: too many were not.
         """
-        if torch.isfinite(losses_H).all():
+        if torch.isfinite(losses_L).all():
             return
         self.unusable += 1
         if self.unusable > self.trainer.config.nonfinite_limit:
@@ -112,13 +112,13 @@ class Watch:
                 "lower training.optimiser.learning_rate, or look at the data"
             )
 
-    def report(self, done: int, losses_H: Tensor, norms: dict[str, float]) -> None:
+    def report(self, done: int, losses_L: Tensor, norms: dict[str, float]) -> None:
         """Tell the observer, every `log_every` steps and at the end."""
         config = self.trainer.config
         if self.trainer.rank != 0 or (done % config.log_every and done != config.steps):
             return
         now = time.monotonic()
         samples = (done - self.last_step) * config.global_batch
-        figures = {f"loss/{name}": loss for name, loss in zip(self.trainer.head_names, losses_H.tolist(), strict=True)}
+        figures = {f"loss/{name}": loss for name, loss in zip(self.trainer.loss_names, losses_L.tolist(), strict=True)}
         self.observer.report(done, {**figures, **norms, "samples_per_s": samples / max(now - self.last_time, 1e-9)})
         self.last_step, self.last_time = done, now

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.compat.parents import CompatConfig, load_parent_head, start_from
+from pipeline.compat.base import Method
+from pipeline.compat.parents import start_from
+from pipeline.compat.views import ImagesOf, guides_of, view_parents
 from pipeline.errors import ConfigError
 from pipeline.generation import Generation
 from pipeline.identities import IdentityTable
@@ -48,6 +50,9 @@ class Trainer:
         name: of the generation; the key of its own loss. Those of the influence losses are the parents' names.
         identities: the run's table: row r of the classifier is its key r.
         parents: verified artefacts of the parents.
+        compat: the method that holds the generation to them.
+        images_of: gives each image of some of the table's identities once, with its row, for methods that ask for
+            class means.
         config_digest: of all that shapes the run; a checkpoint of another one is not resumed.
         seed: of the initial weights and of dropout.
     """
@@ -59,39 +64,59 @@ class Trainer:
         parents: Sequence[Generation],
         backbone: BackboneConfig,
         margin: MarginConfig,
-        compat: CompatConfig,
+        compat: Method,
         training: TrainingConfig,
         classifier: ClassifierConfig,
         config_digest: str,
         seed: int,
         device: torch.device,
+        images_of: ImagesOf | None = None,
     ) -> None:
+        self.compat = compat
         self.config, self.config_digest, self.seed, self.device = training, config_digest, seed, device
         self.rank = dist.get_rank()
         self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
         self.parts = _micro_parts(training.global_batch, training.accumulation, self.mesh.ranks)
+        views = view_parents(parents, compat, identities, margin, self.mesh, device, images_of)
+        self.guides = guides_of(parents, device) if compat.asks_features else []
         torch.manual_seed(seed)
+        network, companion = build_backbone(backbone), compat.companion(backbone.embedding_dim, views)
+        if compat.starts_from_parent:
+            network.load_state_dict(parents[0].load_backbone().state_dict())
         self.engine = BackboneEngine(
-            build_backbone(backbone).to(device),
+            network.to(device),
             training.optimiser,
             training.engine,
             self.parts[0][self.rank],
             training.accumulation,
+            companion.to(device) if companion else None,
         )
-        heads = [load_parent_head(parent, identities, self.mesh, device) for parent in parents]
         self.classifier = ShardedClassifier(
-            name, len(identities), backbone.embedding_dim, margin, heads, seed, self.mesh, classifier, device
+            name,
+            len(identities),
+            backbone.embedding_dim,
+            margin,
+            [head for view in views for head in compat.heads(view)],
+            batch_losses=[loss for view in views for loss in compat.batch_losses(view)],
+            local_losses=companion.losses if companion else (),
+            seed=seed,
+            mesh=self.mesh,
+            config=classifier,
+            device=device,
         )
         if classifier.start is not None:
             (start,) = (parent for parent in parents if parent.record.name == classifier.start)
             start_from(self.classifier.weight_CD, start, identities, self.mesh)
         self.row_optimiser = RowOptimiser(self.classifier.weight_CD, training.optimiser)
         self.fused = _fused(classifier, training, self.mesh)
-        self.weight_H = torch.tensor([1.0, *(compat.weight for _ in heads)], device=device)
-        self.head_names = [head.name for head in self.classifier.heads]
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Of what `step` returns."""
+        return self.classifier.loss_names
 
     def step(self, images_bCHW: Tensor, labels_b: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
-        """One update on L = L_new + lambda * sum of influence losses (Shen et al. 2020, Eq. 8).
+        """One update on L = L_new + lambda * sum of the losses towards the parents (Shen et al. 2020, Eq. 8).
 
         If a loss is no number, nothing moves. Losses are global, so that all ranks answer alike.
 
@@ -101,8 +126,8 @@ class Trainer:
             step: updates done before; it sets the learning rate, dropout and the sampled prototypes.
 
         Returns:
-            (heads,) losses of the global batch: the new classifier's, then each parent's influence loss; and the
-            norms of the gradients, as far as they are known.
+            (losses,) of the global batch by `loss_names`: the new classifier's, then those towards the parents; and
+            the norms of the gradients, as far as they are known.
         """
         window = None
         if self.config.accumulation > 1:
@@ -110,19 +135,30 @@ class Trainer:
         rate = learning_rate(self.config.optimiser, step, self.config.steps)
         if self.fused:
             self.classifier.update = partial(self.row_optimiser.apply, rate=rate)
-        total_H, sizes = torch.zeros_like(self.weight_H), [parts[self.rank] for parts in self.parts]
+        weight_L = torch.full((len(self.loss_names),), self.compat.weight_at(step, self.config.steps))
+        weight_L[0] = 1.0
+        weight_L = weight_L.to(self.device)
+        total_L, sizes = torch.zeros_like(weight_L), [parts[self.rank] for parts in self.parts]
         for micro, (images, labels) in enumerate(
             zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
         ):
             torch.manual_seed(_stream(self.seed, step, self.rank, micro))  # dropout needs no state to be resumed
-            losses_H = self.classifier(self.engine.features(images), labels, self.parts[micro], step, window)
-            total_H += losses_H.detach()
-            loss = (losses_H * self.weight_H).sum()
-            if not torch.isfinite(total_H).all():
+            guides_bE = self._guide(images)
+            features_bD, locals_bK = self.engine.features(images, guides_bE, labels)
+            losses_L = self.classifier(features_bD, labels, self.parts[micro], step, window, guides_bE, locals_bK)
+            total_L += losses_L.detach()
+            loss = (losses_L * weight_L).sum()
+            if not torch.isfinite(total_L).all():
                 self._discard(loss, begun=micro > 0)
-                return total_H, {}
+                return total_L, {}
             self.engine.backward(loss, last=micro == len(sizes) - 1)
-        return total_H, self._update(rate)
+        return total_L, self._update(rate)
+
+    def _guide(self, images_bCHW: Tensor) -> Tensor:
+        """(b, E) the parents' features of a batch, side by side; (b, 0) where nothing asks for them."""
+        with torch.no_grad():
+            features = [guide(images_bCHW).float() for guide in self.guides]
+        return torch.cat(features, dim=1) if features else images_bCHW.new_zeros(len(images_bCHW), 0)
 
     def _update(self, rate: float) -> dict[str, float]:
         """Move the backbone and the prototypes, each clipped by its own norm."""

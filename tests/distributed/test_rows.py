@@ -13,7 +13,8 @@ from torch.distributed.checkpoint import planner_helpers
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from pipeline.compat.parents import CompatConfig, start_from
+from pipeline.compat.methods.bct import Bct
+from pipeline.compat.parents import start_from
 from pipeline.data.preprocess import PreprocessConfig
 from pipeline.generation import Generation, GenerationRecord, seal, write_classifier_part
 from pipeline.identities import IdentityTable
@@ -36,9 +37,7 @@ def make_trainer(optimiser: str, shard_ranks: int | None = None) -> Trainer:
     table = IdentityTable(tuple(f"id{row:03d}" for row in range(ROWS)))
     config = TrainingConfig.model_validate({"global_batch": BATCH, "optimiser": {"name": optimiser}, "steps": 50})
     classifier = ClassifierConfig(sample_rate=0.5, shard_ranks=shard_ranks)
-    return Trainer(
-        "v1", table, [], BACKBONE, MARGIN, CompatConfig(), config, classifier, "digest", 3, torch.device("cpu")
-    )
+    return Trainer("v1", table, [], BACKBONE, MARGIN, Bct(), config, classifier, "digest", 3, torch.device("cpu"))
 
 
 def one_step(trainer: Trainer, step: int, rank: int, world_size: int) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.compat.parents import CompatConfig
+from pipeline.compat.methods.bct import Bct
 from pipeline.data.preprocess import PreprocessConfig
 from pipeline.errors import TrainingError
 from pipeline.generation import Generation, GenerationRecord
@@ -93,7 +93,8 @@ def engine_steps(rank: int, world_size: int, stage: int, optimiser: OptimiserCon
     for step in range(4):
         torch.manual_seed(step)
         images, labels = torch.randn(7, 5), torch.randint(len(TABLE), (7,))
-        engine.backward(classifier(engine.features(images[mine]), labels[mine], parts).sum(), last=True)
+        features, _ = engine.features(images[mine], images.new_zeros(len(images[mine]), 0), labels[mine])
+        engine.backward(classifier(features, labels[mine], parts).sum(), last=True)
         engine.step(0.05)
     state = engine.state()
     names = [name for name in state if name.startswith("weight.")]
@@ -137,7 +138,7 @@ def run_training(
         _parents(home),
         BACKBONE,
         MARGIN,
-        CompatConfig(weight=0.5),
+        Bct(weight=0.5),
         config,
         ClassifierConfig(),
         "digest",
@@ -167,7 +168,7 @@ def make_parent(rank: int, world_size: int, folder: str) -> None:
     """A trained generation over another table: not a prefix, another order, one identity gone."""
     table = IdentityTable(("id7", "gone", "id2", "id9"))
     config = TrainingConfig(steps=2, global_batch=6, optimiser=SGD, engine=EngineConfig(zero_stage=0))
-    arguments = (BACKBONE, MARGIN, CompatConfig(), config, ClassifierConfig(), "digest", 1)
+    arguments = (BACKBONE, MARGIN, Bct(), config, ClassifierConfig(), "digest", 1)
     trainer = Trainer("v1", table, [], *arguments, device=torch.device("cpu"))
     labelled = (Batch(b.images_BCHW, b.labels_B % 4) for b in batches(0, 6, rank, world_size))
     home = Path(folder)
@@ -219,7 +220,7 @@ def test_checkpoint_of_two_ranks_resumes_on_three(tmp_path: Path) -> None:
 
 def rows_after_resume(_rank: int, _world_size: int, folder: str) -> Any:
     parents: list[Generation] = []
-    arguments = (TABLE, parents, BACKBONE, MARGIN, CompatConfig(), CONFIG, ClassifierConfig(), "digest", 3)
+    arguments = (TABLE, parents, BACKBONE, MARGIN, Bct(), CONFIG, ClassifierConfig(), "digest", 3)
     trainer = Trainer("v2", *arguments, device=torch.device("cpu"))
     step = trainer.restore(Path(folder) / "checkpoints")
     slots = trainer.row_optimiser.slots

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.compat.parents import CompatConfig
+from pipeline.compat.methods.bct import Bct
 from pipeline.errors import ConfigError
 from pipeline.identities import IdentityTable
 from pipeline.model import rows as model_rows
@@ -57,12 +57,11 @@ def make_trainer(training: dict[str, Any], classifier: dict[str, Any] | None = N
     config = TrainingConfig.model_validate({"steps": STEPS, "global_batch": BATCH, **training})
     settings = ClassifierConfig.model_validate(classifier or {})
     trainer = Trainer(
-        "v2", TABLE, [], BACKBONE, MARGIN, CompatConfig(), config, settings, "digest", 3, torch.device("cpu")
+        "v2", TABLE, [], BACKBONE, MARGIN, Bct(weight=WEIGHT), config, settings, "digest", 3, torch.device("cpu")
     )
     if parent:
         inside = (trainer.classifier.first_row <= OLD_ROWS) & (trainer.classifier.end_row > OLD_ROWS)
         trainer.classifier.parents = (Head("v1", old_prototypes()[inside], OLD_ROWS[inside], MARGIN),)
-        trainer.weight_H = torch.tensor([1.0, WEIGHT])
     return trainer
 
 
