@@ -1,124 +1,208 @@
-"""The verdict on a run's upgrades: every pair measured, the criterion, the update gain, the pictures."""
+"""The evaluation of a run's generations on held-out images: the report, its pictures, what the registry is told."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import combinations_with_replacement
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from pipeline.config import RunConfig
+from pipeline.console import console, say
 from pipeline.data.manifest import Manifest
-from pipeline.evaluation import plots
-from pipeline.evaluation.compatibility import Embeddings, Report, build_report, compared_scores, cross_test
-from pipeline.evaluation.embedding import embed
-from pipeline.evaluation.metrics import det_curve
+from pipeline.errors import ConfigError
+from pipeline.evaluation import pictures
+from pipeline.evaluation.embedding import embed_all
+from pipeline.evaluation.lineage import Lineage
+from pipeline.evaluation.measurement import measure
+from pipeline.evaluation.rendering import markdown, render, verdicts
+from pipeline.evaluation.report import build_report
+from pipeline.files import write_atomically, write_json
 from pipeline.generation import Generation
+from pipeline.registry import Registry
+from pipeline.registry_store import tracking_location
 from pipeline.schema import digest_json
 
-
-@dataclass(frozen=True)
-class Upgrade:
-    """A generation, a parent whose gallery it searches, and the paragon that measures what is lost."""
-
-    new: str
-    old: str
-    paragon: str | None
+REPORT, MARKDOWN, EMBEDDINGS = "report.json", "report.md", "embeddings"
+FORMAT = 2  # of the report; one of another format is made again
+Split = Literal["test", "validation"]
 
 
-def upgrades_of(config: RunConfig) -> list[Upgrade]:
-    """Every (generation, parent) of a run."""
-    paragons = {one.paragon_of: name for name, one in config.generations.items() if one.paragon_of}
-    return [
-        Upgrade(name, parent, paragons.get(name))
-        for name, generation in config.generations.items()
-        for parent in generation.parents
-    ]
+def held_out(config: RunConfig, split: Split) -> Path:
+    """Folder of the split's shards.
+
+    Raises:
+        ConfigError: the config names none.
+    """
+    path = config.data.test if split == "test" else config.data.validation
+    if path is None:
+        raise ConfigError(f"data.{split} names no shards: nothing to evaluate; set it to the folder of the {split} set")
+    return config.home / path
 
 
-def inputs_digest(config: RunConfig, generations: dict[str, Generation], test: Path) -> str:
+def lineage_of(config: RunConfig, generations: dict[str, Generation]) -> Lineage:
+    """Parents as the artefacts record them, paragons as the config names them."""
+    paragons = {one.paragon_of: name for name, one in config.generations.items() if one.paragon_of is not None}
+    return Lineage(
+        order=tuple(generations),
+        parents={name: tuple(one.record.parents) for name, one in generations.items()},
+        paragons={of: name for of, name in paragons.items() if of in generations and name in generations},
+    )
+
+
+def inputs_digest(config: RunConfig, generations: dict[str, Generation], data: Path) -> str:
     """Digest of all that an assessment depends on: an assessment of the same inputs need not be made again."""
     return digest_json(
         {
+            "format": FORMAT,
             "generations": {name: generation.digest for name, generation in generations.items()},
-            "test": Manifest.load(test).digest,
+            "paragons": dict(lineage_of(config, generations).paragons),
+            "data": Manifest.load(data).digest,
             "evaluation": config.evaluation.model_dump(mode="json"),
         }
     )
 
 
-def assess(config: RunConfig, generations: dict[str, Generation], test: Path, folder: Path) -> dict[str, Any]:
-    """Embed the held-out images with every generation, compare all pairs, and draw them.
+def evaluate(
+    config: RunConfig, registry: Registry, generations: dict[str, Generation], split: Split, folder: Path
+) -> dict[str, Any]:
+    """Assess generations on held-out images, log what is found, and write it.
+
+    A report in `folder` that has just these inputs is read, and nothing is done.
+
+    Args:
+        config: of the run.
+        registry: of its family; each generation's run gets its figures and the pictures, under `validation/` those of
+            the validation set.
+        generations: by name, oldest first.
+        split: of the held-out images.
+        folder: where report.json, report.md and the pictures go.
+
+    Returns:
+        What report.json holds: `evaluation.report.build_report`, and `inputs`, the digest of what it is made of.
+
+    Raises:
+        ConfigError: the config names no such split.
+        DataError: its images cannot be read, or are too few for a figure.
+        RegistryError: the store refuses.
+    """
+    if (told := kept(config, generations, split, folder)) is not None:
+        return told
+    say(f"evaluating on the {split} images")
+    data = held_out(config, split)
+    report, drawn = assess(config, generations, data, folder)
+    report |= {"inputs": inputs_digest(config, generations, data)}
+    prefix = "" if split == "test" else f"{split}/"
+    for name in generations:
+        registry.log_evaluation(name, {f"{prefix}{key}": value for key, value in figures_of(report, name)}, drawn)
+    write_json(folder / REPORT, report)
+    return report
+
+
+def kept(config: RunConfig, generations: dict[str, Generation], split: Split, folder: Path) -> dict[str, Any] | None:
+    """The report in `folder`, if it was made of just these inputs."""
+    path = folder / REPORT
+    told: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return told if told.get("inputs") == inputs_digest(config, generations, held_out(config, split)) else None
+
+
+def assess(
+    config: RunConfig, generations: dict[str, Generation], data: Path, folder: Path
+) -> tuple[dict[str, Any], list[Path]]:
+    """Embed the held-out images with every generation, measure all pairs, judge and draw them.
 
     Args:
         config: of the run.
         generations: by name, oldest first.
-        test: folder of the held-out shards.
-        folder: where the pictures go: det.png, and matrix-METRIC.png for each metric.
+        data: folder of the held-out shards.
+        folder: where report.md and the pictures go.
 
     Returns:
-        The parts of report.json that the measurements give.
+        The report, and the files that were written.
     """
-    embedded = {name: embed(one, test, config.evaluation.group) for name, one in generations.items()}
-    pairs = {
-        f"{new}/{old}": cross_test(embedded[new], embedded[old], config.evaluation)
-        for old, new in combinations_with_replacement(embedded, 2)
-        if embedded[new].vectors_ND.shape[1] >= embedded[old].vectors_ND.shape[1]
-    }
-    reports = [_report(config, upgrade, pairs) for upgrade in upgrades_of(config)]
-    _draw(embedded, pairs, reports, folder)
-    merged: dict[str, Any] = {"generations": list(generations), "metrics": {}, "criterion": {}, "update_gain": {}}
-    if not reports:
-        merged["metrics"] = {m: {label: pairs[label][m] for label in pairs} for m in config.evaluation.metric_names}
-    for report in reports:
-        told = report.to_json()
-        for metric, row in told["metrics"].items():
-            merged["metrics"].setdefault(metric, {}).update(row)
-        merged["criterion"] |= told["criterion"]
-        merged["update_gain"] = told["update_gain"]
-    return {**merged, "upgrades": [{"old": r.old, "new": r.new, **r.to_json()} for r in reports]}
+    embedded = embed_all(generations, data, config.evaluation.group, cache=config.folder / EMBEDDINGS)
+    lineage = lineage_of(config, generations)
+    mapped = {(name, older) for name, one in embedded.items() for older in one.mapped}
+    pairs = lineage.pairs({name: one.vectors_ND.shape[1] for name, one in embedded.items()}, mapped)
+    measured = measure(embedded, pairs, config.evaluation, det=True)
+    report = build_report(measured, lineage, config.evaluation, embedded)
+    write_atomically(folder / MARKDOWN, markdown(report, config.name).encode())
+    drawn = pictures.draw(report, measured, lineage, folder)
+    drawn += pictures.draw_flips(measured, lineage, embedded, data, config.evaluation.group, folder)
+    return report, [folder / MARKDOWN, *drawn]
 
 
-def read_reports(told: dict[str, Any]) -> list[Report]:
-    """The reports on each upgrade, as `assess` returned them."""
-    return [
-        Report(
-            old=one["old"],
-            new=one["new"],
-            generations=tuple(one["generations"]),
-            metrics=one["metrics"],
-            criterion=one["criterion"],
-            criterion_on=tuple(one["criterion_on"]),
-            update_gain=one["update_gain"],
-        )
-        for one in told["upgrades"]
+def figures_of(report: dict[str, Any], name: str) -> Sequence[tuple[str, float]]:
+    """One generation's figures: `rank1/new/old`, `update_gain/rank1/new/old`, `negative_flips/new/old`."""
+    mine = f"{name}/"
+    told = [
+        (f"{metric}/{pair}", value["value"])
+        for metric, row in report["matrix"].items()
+        for pair, value in row.items()
+        if pair.startswith(mine)
     ]
+    told += [
+        (f"update_gain/{metric}/{pair}", value["value"])
+        for pair, gains in report["update_gain"].items()
+        for metric, value in gains.items()
+        if pair.startswith(mine) and value is not None
+    ]
+    told += [
+        (f"negative_flips/{pair}", flips["negative"]["value"])
+        for pair, flips in report["negative_flips"].items()
+        if pair.startswith(mine)
+    ]
+    return [(key, value) for key, value in told if value is not None]
 
 
-def _report(config: RunConfig, upgrade: Upgrade, pairs: dict[str, dict[str, float]]) -> Report:
-    of_interest = {upgrade.old, upgrade.new, upgrade.paragon}
-    needed = {label: values for label, values in pairs.items() if set(label.split("/")) <= of_interest}
-    needed.pop(f"{upgrade.paragon}/{upgrade.new}", None)
-    return build_report(needed, upgrade.old, upgrade.new, upgrade.paragon, config.evaluation.criterion_on)
+def evaluate_run(config: RunConfig, names: Sequence[str] | None = None, split: Split = "test") -> dict[str, Any]:
+    """Evaluate a run's trained generations, and print the verdict.
+
+    Args:
+        config: of the run.
+        names: of the generations; None: all that are registered. They are evaluated in the config's order.
+        split: of the held-out images.
+
+    Returns:
+        The report, as it is written to the run's folder `evaluation`, or `evaluation-validation`.
+
+    Raises:
+        ConfigError: a name is unknown or given twice, nothing is trained, or the config names no such split.
+    """
+    uri, artifact_root = tracking_location(config.tracking, config.home)
+    registry = Registry(uri, config.name, artifact_root)
+    folder = evaluation_folder(config, split)
+    report = evaluate(config, registry, trained(config, registry, names), split, folder)
+    console.print(render(report))
+    for line in verdicts(report):
+        say(line)
+    say(f"report       {folder / REPORT}, {MARKDOWN}, *.png")
+    return report
 
 
-def _draw(
-    embedded: dict[str, Embeddings], pairs: dict[str, dict[str, float]], reports: list[Report], folder: Path
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = {}
-    for label in pairs:
-        new, old = label.split("/")
-        scores = compared_scores(embedded[new], embedded[old])
-        curves[label] = det_curve(scores)
-    plots.plot_det(curves, folder / "det.png")
-    names = list(embedded)
-    verdicts = {label: held for report in reports for label, held in report.criterion.items()}
-    for metric in next(iter(pairs.values())):
-        values = np.full((len(names), len(names)), np.nan)
-        for label, measured in pairs.items():
-            row, column = (names.index(side) for side in label.split("/"))
-            values[row, column] = measured[metric]
-        plots.plot_matrix(names, values, metric, folder / f"matrix-{metric.replace('@', '-at-')}.png", verdicts)
+def evaluation_folder(config: RunConfig, split: Split) -> Path:
+    """Where an evaluation on a split is written."""
+    return config.folder / ("evaluation" if split == "test" else f"evaluation-{split}")
+
+
+def trained(config: RunConfig, registry: Registry, names: Sequence[str] | None) -> dict[str, Generation]:
+    """The registered generations of a run's family: parents from earlier runs first, then in the config's order.
+
+    Raises:
+        ConfigError: a name is unknown or given twice, or is not trained yet, or nothing is.
+    """
+    parents = {parent for generation in config.generations.values() for parent in generation.parents}
+    known = [*sorted(parents - config.generations.keys()), *config.generations]
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"--generations names {name!r}, which is not in the run; choose of {', '.join(known)}")
+    if names is not None and len(set(names)) != len(names):
+        raise ConfigError(f"--generations names one twice: {','.join(names)}")
+    registered = registry.versions()
+    missing = [name for name in names or () if name not in registered]
+    if missing:
+        raise ConfigError(f"generation {missing[0]!r} is not trained yet: run jobs/train_bct.py with the same config")
+    found = {name: registry.get(name).open() for name in known if name in registered and name in (names or known)}
+    if not found:
+        raise ConfigError(f"run {config.name!r} has no trained generation: run jobs/train_bct.py with the same config")
+    return found

@@ -11,8 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster
-from pipeline.assessment import assess, inputs_digest, read_reports
+from pipeline import assessment, cluster
 from pipeline.config import RunConfig
 from pipeline.console import bar, console, say, training_words
 from pipeline.data.manifest import FILE_NAME, Manifest
@@ -21,15 +20,14 @@ from pipeline.data.store import open_store
 from pipeline.data.store_metadata import metadata_folder
 from pipeline.data.typefaces import Split, TypefaceSource
 from pipeline.data.verify import Verification, verify
-from pipeline.evaluation.compatibility import render_table
+from pipeline.evaluation.rendering import render, verdicts
+from pipeline.evaluation.report import SECTIONS
 from pipeline.family import train_missing
 from pipeline.files import write_json
 from pipeline.generation import Generation
 from pipeline.plan import Plan
 from pipeline.registry import Registry
 from pipeline.registry_store import tracking_location
-
-REPORT = "report.json"
 
 
 def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
     with clock.time("evaluation"):
         report = evaluate(config, registry, generations)
     report |= {"seconds": clock.seconds, "mlflow": registry.description()}
-    write_json(config.folder / REPORT, report)
+    write_json(config.folder / assessment.REPORT, report)
     tell(config, report, registry)
     return report
 
@@ -75,12 +73,11 @@ def prepare_data(config: RunConfig) -> list[Verification]:
     Raises:
         DataError: they are missing, empty, or not the ones that the manifest describes.
     """
-    test = None if config.data.test is None else str(config.home / config.data.test)
-    places: dict[Split, str | None] = {"train": config.train_location, "test": test}
+    held_out: dict[Split, Path | None] = {"validation": config.data.validation, "test": config.data.test}
+    places: dict[Split, str] = {"train": config.train_location}
+    places |= {split: str(config.home / path) for split, path in held_out.items() if path is not None}
     checks = []
     for split, location in places.items():
-        if location is None:
-            continue
         folder = metadata_folder(location, config.data.store)
         if config.data.source == "typefaces" and not (folder / FILE_NAME).is_file():
             cluster.connect()
@@ -119,42 +116,33 @@ def train_with_bars(plans: Sequence[Plan], clock: Clock) -> None:
 
 
 def evaluate(config: RunConfig, registry: Registry, generations: dict[str, Generation]) -> dict[str, Any]:
-    """Assess the generations, unless the report that is there has just these inputs, and log what is found."""
+    """Evaluate the generations on the test set, and name the candidate: the newest that is compatible with its parents.
+
+    Without a test set there is a report without figures.
+    """
     if config.data.test is None:
-        return {"generations": list(generations), "metrics": {}, "criterion": {}, "update_gain": {}, "upgrades": []}
-    test = config.home / config.data.test
-    inputs = inputs_digest(config, generations, test)
-    path = config.folder / REPORT
-    if path.is_file() and (told := json.loads(path.read_text())).get("inputs") == inputs:
-        return {key: value for key, value in told.items() if key not in ("seconds", "mlflow")}
-    say("evaluating on the held-out images")
-    report = {**assess(config, generations, test, config.folder), "inputs": inputs}
-    _log(config, registry, generations, report)
+        return {"generations": list(generations), "criterion_on": [], **{section: {} for section in SECTIONS}}
+    if (told := assessment.kept(config, generations, "test", config.folder)) is not None:
+        return told
+    report = assessment.evaluate(config, registry, generations, "test", config.folder)
+    compatible = [name for name in generations if _fits_its_parents(name, generations[name], report)]
+    registry.promote_candidate(compatible[-1] if compatible else next(iter(generations)))
     return report
 
 
-def _log(config: RunConfig, registry: Registry, generations: dict[str, Generation], report: dict[str, Any]) -> None:
-    """Write each generation's figures and the pictures to its run, and name the candidate."""
-    pictures = sorted(config.folder.glob("*.png"))
-    for name, generation in config.generations.items():
-        label = "paragon" if generation.paragon_of else name
-        figures = {
-            f"{metric}/{pair}": value
-            for metric, row in report["metrics"].items()
-            for pair, value in row.items()
-            if pair.startswith(f"{label}/")
-        }
-        registry.log_evaluation(name, figures, pictures)
-    held = [one["new"] for one in report["upgrades"] if one["criterion"][f"{one['new']}/{one['old']}"]]
-    registry.promote_candidate(held[-1] if held else next(iter(generations)))
+def _fits_its_parents(name: str, generation: Generation, report: dict[str, Any]) -> bool:
+    judged = [report["criterion"].get(f"{name}/{parent}") for parent in generation.record.parents]
+    return bool(judged) and all(one is not None and one["held"] for one in judged)
 
 
 def tell(config: RunConfig, report: dict[str, Any], registry: Registry) -> None:
     """Print the verdict, and where to look further."""
-    for one in read_reports(report):
-        console.print(render_table(one))
-    say(f"report       {config.folder / REPORT}")
-    say(f"pictures     {config.folder / 'det.png'}, matrix-*.png")
+    if report["matrix"]:
+        console.print(render(report))
+    for line in verdicts(report):
+        say(line)
+    say(f"report       {config.folder / assessment.REPORT}, {assessment.MARKDOWN}")
+    say(f"pictures     {config.folder}/*.png")
     command = registry.ui_command()
     here = f"{Path(sys.executable).parent}/" if command.startswith("mlflow ") else ""
     say(f"MLflow       {here}{command}")

@@ -7,7 +7,7 @@ from typing import Any
 
 def as_text(result: dict[str, Any]) -> str:
     """What a person wants to know of a result."""
-    return {"classifier": _classifier, "loader": _loader}[result["benchmark"]](result)
+    return {"classifier": _classifier, "loader": _loader, "evaluation": _evaluation}[result["benchmark"]](result)
 
 
 def _classifier(result: dict[str, Any]) -> str:
@@ -38,4 +38,21 @@ def _loader(result: dict[str, Any]) -> str:
         f"of DALI's decoding alone {result['ratio_decode']:.2f}, of its reader {result['ratio_reader']:.2f}; "
         f"{result['ratio_pil']:.2f} times WebDataset with Pillow"
     )
+    return "\n".join(lines)
+
+
+def _evaluation(result: dict[str, Any]) -> str:
+    lines = [f"{'':<16}{'seconds':>10}{'extra memory':>15}"]
+    for way, seconds in result["seconds"].items():
+        lines.append(f"{way:<16}{seconds:>10,.1f}{result['extra_bytes'][way] / 1e6:>12,.0f} MB")
+    if result["task"] == "verification":
+        lines.append(
+            f"of the ROC curve's time {result['ratio']:.3f}; TARs differ by at most "
+            f"{result['largest_difference_in_pairs']} of {result['genuine']:,} genuine pairs"
+        )
+    else:
+        lines.append(
+            f"of FAISS's time {result['ratio']:.2f}, of its search alone {result['ratio_faiss_search']:.2f}; "
+            f"its first item is not the best for {result['faiss_first_below_best']} of {result['queries']:,} queries"
+        )
     return "\n".join(lines)

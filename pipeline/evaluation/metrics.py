@@ -1,14 +1,13 @@
-"""Retrieval and verification figures from embeddings: rank-k, TAR@FAR and DET curves.
+"""Verification figures from scores: TAR@FAR and DET curves.
 
 A pair's score is the cosine of its two embeddings. Products are summed in float64 and rounded to a multiple of
 2^-24, which float32 holds exactly: a pair's score, and with it every tie, does not depend on the block in which
-it happened to be computed. Work goes in blocks of query rows; memory is bounded by `chunk_pairs`, the
-embeddings and the kept tail.
+it happened to be computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 
@@ -22,10 +21,11 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 CHUNK_PAIRS = 2_000_000  # about 30 MB of scores and masks at a time
-TAIL = 1_000_000  # impostor scores kept exactly by default: 4 MB
+STEPS = 2.0**24  # scores a unit apart; finer than float32 embeddings mean anything
+# x + ROUNDING - ROUNDING is x to the nearest 1 / STEPS: so large a float64 has no finer digits.
+ROUNDING = 1.5 * 2.0**52 / STEPS
 # A power of two makes every bin edge of [-1, 1] exact in float32: counts at edges are counts, not estimates.
 BINS = 2048
-STEPS = 2.0**24  # scores a unit apart; finer than float32 embeddings mean anything
 EDGES_B = np.linspace(-1.0, 1.0, BINS + 1, dtype=np.float32)
 
 
@@ -37,14 +37,23 @@ class VerificationScores:
         genuine_P: (P,) float32 cosines of the pairs of one identity, ascending.
         impostor_tail_T: (T,) float32, the T highest cosines of pairs of two identities, descending.
         impostor_histogram_B: (BINS,) int64, how many of all impostor scores lie in each of the equal bins of
-            [-1, 1]; a bin holds its lower edge, the last one both.
+            [-1, 1]; a bin holds its lower edge, the last one both. `verification` may count a score in the next higher
+            bin if it lies closer than `exact.error_bound` below that bin: in under 1 % of a bin's width.
         impostors: number of impostor pairs, at least T.
+        genuine_identity_P: (P,) int64, the identity of each genuine pair; None: not known, no resampling.
+        tail_query_T: (T,) int64, the query's identity of each pair of the tail; None likewise.
+        tail_gallery_T: (T,) int64, the gallery item's.
+        doubled: every pair stands twice, one copy after the other: a self-test scores (i, j) as (j, i).
     """
 
     genuine_P: Float32
     impostor_tail_T: Float32
     impostor_histogram_B: Int64
     impostors: int
+    genuine_identity_P: Int64 | None = None
+    tail_query_T: Int64 | None = None
+    tail_gallery_T: Int64 | None = None
+    doubled: bool = False
 
 
 def unit_rows(vectors_ND: npt.NDArray[np.floating], name: str) -> Float64:
@@ -78,165 +87,29 @@ def unit_rows(vectors_ND: npt.NDArray[np.floating], name: str) -> Float64:
     return unit_ND
 
 
-def _score_blocks(unit_QD: Float64, unit_GD: Float64, chunk_pairs: int) -> Iterator[tuple[slice, Float32]]:
+def score_blocks(unit_QD: Float64, unit_GD: Float64, chunk_pairs: int = CHUNK_PAIRS) -> Iterator[tuple[slice, Float32]]:
     """Yield (query rows, their (rows, G) float32 cosines), top to bottom."""
     assert unit_QD.shape[1] == unit_GD.shape[1], f"dimensions differ: {unit_QD.shape[1]} and {unit_GD.shape[1]}"
     rows = max(1, chunk_pairs // len(unit_GD))
     for start in range(0, len(unit_QD), rows):
         block = slice(start, min(start + rows, len(unit_QD)))
         scores_qG = unit_QD[block] @ unit_GD.T
-        # Rounding to float32 alone is relative: what cancels to 0 would stay as 1e-17 or -1e-17, at random.
-        scores_qG *= STEPS
-        np.rint(scores_qG, out=scores_qG)
-        scores_qG /= STEPS
-        yield block, scores_qG.astype(np.float32)
+        yield block, rounded(scores_qG).astype(np.float32)
 
 
-def rank_k(
-    query_QD: Float32,
-    query_identity_Q: Int64,
-    gallery_GD: Float32,
-    gallery_identity_G: Int64,
-    ks: Sequence[int] = (1,),
-    *,
-    chunk_pairs: int = CHUNK_PAIRS,
-) -> dict[int, float]:
-    """Closed-set identification: share of queries whose k nearest gallery items hold their identity.
+def rounded(scores: Float64) -> Float64:
+    """Round in place to multiples of 1 / STEPS, half to even.
 
-    Queries whose identity is not in the gallery are left out. Ties are broken against the query: an item of
-    another identity with the same score as the query's best mate stands before it. So a model that gives every
-    image one embedding scores 0, not 1.
-
-    Args:
-        query_QD: (Q, D) float32 embeddings, any norm.
-        query_identity_Q: (Q,) int64 identity rows.
-        gallery_GD: (G, D) float32 embeddings, any norm.
-        gallery_identity_G: (G,) int64 identity rows of the same table.
-        ks: ranks asked for, each at least 1; a rank beyond G holds for every query.
-        chunk_pairs: pairs scored at a time.
-
-    Returns:
-        k -> share in [0, 1].
-
-    Raises:
-        DataError: embeddings are empty or not finite, or no query's identity is in the gallery.
+    Rounding to float32 alone is relative: what cancels to 0 would stay as 1e-17 or -1e-17, at random.
     """
-    assert len(query_QD) == len(query_identity_Q)
-    assert len(gallery_GD) == len(gallery_identity_G)
-    assert ks, "no rank asked for"
-    assert min(ks) >= 1, f"ranks start at 1: {ks}"
-    unit_QD, unit_GD = unit_rows(query_QD, "query"), unit_rows(gallery_GD, "gallery")
-    enrolled_Q = np.isin(query_identity_Q, gallery_identity_G)
-    if not enrolled_Q.any():
-        raise DataError(
-            f"none of the {len(query_QD)} queries has its identity among the {len(gallery_GD)} gallery items: "
-            "enrol the queries' identities"
-        )
-    unit_QD, identity_Q = unit_QD[enrolled_Q], query_identity_Q[enrolled_Q]
-    ahead_Q = np.empty(len(unit_QD), np.int64)
-    for block, scores_qG in _score_blocks(unit_QD, unit_GD, chunk_pairs):
-        mate_qG = identity_Q[block, None] == gallery_identity_G[None, :]
-        best_mate_q = np.max(scores_qG, axis=1, where=mate_qG, initial=-np.inf)
-        ahead_Q[block] = np.count_nonzero((scores_qG >= best_mate_q[:, None]) & ~mate_qG, axis=1)
-    return {k: float(np.mean(ahead_Q < k)) for k in ks}
+    scores += ROUNDING
+    scores -= ROUNDING
+    return scores
 
 
-class _Impostors:
-    """Keeps the `tail` highest of a stream of scores, a histogram of all, and their number."""
-
-    def __init__(self, tail: int) -> None:
-        assert tail >= 1
-        self.tail = tail
-        self.count = 0
-        self.histogram_B = np.zeros(BINS, np.int64)
-        self._kept: list[Float32] = []
-        self._size = 0
-        self._floor = np.float32(-np.inf)  # once the tail is full, no score below it can enter
-
-    def add(self, scores_P: Float32) -> None:
-        self.count += scores_P.size
-        self.histogram_B += np.histogram(scores_P, BINS, (-1.0, 1.0))[0]
-        high_P = scores_P[scores_P > self._floor]
-        self._kept.append(high_P)
-        self._size += high_P.size
-        if self._size > 2 * self.tail:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        scores_P = np.concatenate(self._kept)
-        if scores_P.size > self.tail:
-            # A copy, or the slice would keep the whole partitioned array alive.
-            scores_P = np.partition(scores_P, scores_P.size - self.tail)[-self.tail :].copy()
-            self._floor = scores_P.min()
-        self._kept, self._size = [scores_P], scores_P.size
-
-    def highest(self) -> Float32:
-        self._shrink()
-        return np.sort(self._kept[0])[::-1]
-
-
-def verification(
-    query_QD: Float32,
-    query_identity_Q: Int64,
-    gallery_GD: Float32,
-    gallery_identity_G: Int64,
-    *,
-    query_group_Q: Int64 | None = None,
-    gallery_group_G: Int64 | None = None,
-    same_images: bool = False,
-    tail: int = TAIL,
-    chunk_pairs: int = CHUNK_PAIRS,
-) -> VerificationScores:
-    """Score every ordered pair (query, gallery item) that the protocol compares.
-
-    Args:
-        query_QD: (Q, D) float32 embeddings, any norm.
-        query_identity_Q: (Q,) int64 identity rows.
-        gallery_GD: (G, D) float32 embeddings, any norm.
-        gallery_identity_G: (G,) int64 identity rows of the same table.
-        query_group_Q: (Q,) int64 typeface or camera codes; pairs within one group are not compared.
-        gallery_group_G: (G,) int64, given exactly when query_group_Q is.
-        same_images: row i of both sides is one image, so the pairs (i, i) are not compared; Q = G.
-        tail: how many of the highest impostor scores to keep; FARs up to tail / impostors are exact.
-        chunk_pairs: pairs scored at a time.
-
-    Raises:
-        DataError: embeddings are empty or not finite, or no genuine or no impostor pair is left.
-    """
-    assert len(query_QD) == len(query_identity_Q)
-    assert len(gallery_GD) == len(gallery_identity_G)
-    assert not same_images or len(query_QD) == len(gallery_GD), "same_images needs as many queries as gallery items"
-    unit_QD, unit_GD = unit_rows(query_QD, "query"), unit_rows(gallery_GD, "gallery")
-    impostors = _Impostors(tail)
-    genuine: list[Float32] = []
-    for block, scores_qG in _score_blocks(unit_QD, unit_GD, chunk_pairs):
-        same_qG = query_identity_Q[block, None] == gallery_identity_G[None, :]
-        compared_qG = _compared(block, query_group_Q, gallery_group_G, len(unit_GD), same_images)
-        genuine.append(scores_qG[same_qG & compared_qG])
-        impostors.add(scores_qG[~same_qG & compared_qG])
-    genuine_P = np.sort(np.concatenate(genuine))
-    for kind, count in (("genuine", genuine_P.size), ("impostor", impostors.count)):
-        if not count:
-            raise DataError(
-                f"no {kind} pair among {len(query_QD)} x {len(gallery_GD)} images once pairs within one group are "
-                f"left out: the test set needs {'two groups an identity' if kind == 'genuine' else 'two identities'}"
-            )
-    return VerificationScores(genuine_P, impostors.highest(), impostors.histogram_B, impostors.count)
-
-
-def _compared(
-    block: slice, query_group_Q: Int64 | None, gallery_group_G: Int64 | None, gallery: int, same_images: bool
-) -> npt.NDArray[np.bool_]:
-    """Which pairs of a block the protocol compares, (rows, G) or broadcastable to it."""
-    assert (query_group_Q is None) == (gallery_group_G is None), "groups are given for both sides or for neither"
-    compared_qG = np.ones((block.stop - block.start, gallery), np.bool_)
-    if query_group_Q is not None and gallery_group_G is not None:
-        assert len(gallery_group_G) == gallery
-        compared_qG = query_group_Q[block, None] != gallery_group_G[None, :]
-    if same_images:
-        rows = np.arange(block.start, block.stop)
-        compared_qG[rows - block.start, rows] = False
-    return compared_qG
+def allowed(rate: float, count: int) -> int:
+    """How many of `count` may pass at a rate: its floor, the rate being the decimal that it is written as."""
+    return int(Decimal(repr(float(rate))) * count)
 
 
 def threshold_at_far(scores: VerificationScores, far: float) -> float:
@@ -251,10 +124,9 @@ def threshold_at_far(scores: VerificationScores, far: float) -> float:
         DataError: k is 0, because there are too few impostors; or the kept tail does not reach k + 1.
     """
     assert 0 < far <= 1, f"FAR {far} is not in (0, 1]"
-    exact_far = Decimal(repr(float(far)))
-    accepted = int(exact_far * scores.impostors)
+    accepted = allowed(far, scores.impostors)
     if accepted == 0:
-        needed = int((1 / exact_far).to_integral_value(ROUND_CEILING))
+        needed = int((1 / Decimal(repr(float(far)))).to_integral_value(ROUND_CEILING))
         raise DataError(
             f"FAR {far:g} needs at least {needed} impostor pairs, but the test set gives {scores.impostors}: "
             "add test images or ask for a higher FAR"
@@ -279,12 +151,29 @@ def tar_at_far(scores: VerificationScores, far: float) -> float:
     return float(1 - below / scores.genuine_P.size)
 
 
-def det_curve(scores: VerificationScores, points: int = 200) -> tuple[Float64, Float64]:
-    """Detection error trade-off: (far, frr), each (at most `points`,), far ascending from about 1 / impostors to 1.
+def far_at_threshold(scores: VerificationScores, threshold: float) -> float:
+    """False accept rate: the share of impostors with score >= `threshold`.
 
-    Each point is exact at its own threshold: far is the share of impostors >= it, frr the share of genuine pairs
-    below it. Thresholds are those of evenly spaced log FARs within the kept tail; beyond it they fall on
-    the histogram's bin edges. The first far may be 0: with equal
+    Exact down to the end of the kept tail; below it the histogram's counts are interpolated within a bin.
+    """
+    tail_T = scores.impostor_tail_T
+    if len(tail_T) == scores.impostors or threshold > tail_T[-1]:
+        return float(np.searchsorted(-tail_T, -np.float32(threshold), side="right") / scores.impostors)
+    at_edge_B = np.append(np.cumsum(scores.impostor_histogram_B[::-1])[::-1], 0)
+    return float(np.interp(threshold, EDGES_B, at_edge_B) / scores.impostors)
+
+
+def det_curve(scores: VerificationScores, points: int = 200) -> tuple[Float64, Float64]:
+    """Detection error trade-off: (far, frr) of `det_points`."""
+    return det_points(scores, points)[:2]
+
+
+def det_points(scores: VerificationScores, points: int = 200) -> tuple[Float64, Float64, Float32]:
+    """Detection error trade-off: far ascending from about 1 / impostors to 1, frr, and the threshold of each point.
+
+    At most `points` of them, each exact at its own threshold: far is the share of impostors >= it, frr the share of
+    genuine pairs below it. Thresholds are those of evenly spaced log FARs within the kept tail; beyond it they fall
+    on the histogram's bin edges. The first far may be 0: with equal
     scores at the top, or with a tail so short that the histogram's top bin decides.
     """
     assert points >= 2
@@ -303,4 +192,4 @@ def det_curve(scores: VerificationScores, points: int = 200) -> tuple[Float64, F
     order_K = np.argsort(-threshold_K, kind="stable")
     far_K = count_K[order_K] / scores.impostors
     frr_K = np.searchsorted(scores.genuine_P, threshold_K[order_K], side="left") / scores.genuine_P.size
-    return far_K.astype(np.float64), frr_K.astype(np.float64)
+    return far_K.astype(np.float64), frr_K.astype(np.float64), threshold_K[order_K]

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, as PNG files: DET curves and the compatibility matrix.
+"""Pictures of an evaluation, as PNG files: DET curves, the compatibility matrix, backfill curves.
 
 Drawn on Agg canvases without pyplot, so that no display and no global state is touched. Series differ by line
 style and cells by words as well as by colour, so nothing rests on colour alone.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +31,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLES = ("-", "--", "-.", ":")
 DPI = 144
 CELL_INCHES = 1.15
+LEAST_SHARE = 1e-6
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.6g} %")
 
 
-def plot_det(curves: Mapping[str, tuple[Float64, Float64]], path: Path) -> None:
+def plot_det(
+    curves: Mapping[str, tuple[Float64, Float64]],
+    path: Path,
+    bands: Mapping[str, tuple[Float64, Float64, Float64]] | None = None,
+) -> None:
     """Draw detection error trade-off curves, both axes logarithmic, and write them to `path` as PNG.
 
     Args:
@@ -39,6 +47,7 @@ def plot_det(curves: Mapping[str, tuple[Float64, Float64]], path: Path) -> None:
             0 have no place on logarithmic axes and are left out. A curve of such points alone (a model that
             separates all pairs, or none) stands in the legend, with the reason.
         path: the PNG; written beside and renamed, an older file is replaced.
+        bands: label -> (far, low, high), each (J,): where the false reject rate lies with 95 % confidence.
 
     Raises:
         DataError: there is no curve.
@@ -61,17 +70,23 @@ def plot_det(curves: Mapping[str, tuple[Float64, Float64]], path: Path) -> None:
             linestyle=STYLES[index % len(STYLES)],
             linewidth=2.0,
         )
+        if label in (bands or {}):
+            far_J, low_J, high_J = (bands or {})[label]
+            drawn_J = (far_J > 0) & (high_J > 0)
+            floor_J = np.maximum(low_J, LEAST_SHARE)  # a band down to nought has no lower edge on this axis
+            colour = COLOURS[index % len(COLOURS)]
+            axes.fill_between(far_J[drawn_J], floor_J[drawn_J], high_J[drawn_J], color=colour, alpha=0.18, linewidth=0)
     axes.set(xscale="log", yscale="log", xlim=(least_far / 1.3, 1.3), ylim=(max(least_frr, 1e-3) / 1.3, 1.3))
-    axes.set_title("Detection error trade-off (query model/gallery model)")
+    told = ", 95 % bands" if bands else ""
+    axes.set_title(f"Detection error trade-off (query model/gallery model){told}")
     axes.set_xlabel("false accept rate (share of impostor pairs)")
     axes.set_ylabel("false reject rate (share of genuine pairs)")
-    percent = FuncFormatter(lambda share, _: f"{100 * share:g} %")
-    axes.yaxis.set_major_formatter(percent)
+    axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(visible=True, which="major", color="0.82")
     axes.grid(visible=True, which="minor", color="0.93", linewidth=0.5)
     # Beside the axes: a curve may pass through every corner.
     axes.legend(title="query/gallery", loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_matrix(
@@ -109,7 +124,8 @@ def plot_matrix(
     axes.set_title(f"Compatibility matrix: {metric}")
     axes.set_xlabel("gallery embedded by")
     axes.set_ylabel("query embedded by")
-    axes.set_xticks(range(len(names)), names)
+    crowded = max(len(name) for name in names) * len(names) > 40
+    axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks(np.arange(0.5, len(names) - 1), minor=True)
     axes.set_yticks(np.arange(0.5, len(names) - 1), minor=True)
@@ -119,7 +135,7 @@ def plot_matrix(
     for (row, column), value in np.ndenumerate(values_QG):
         held = (criterion or {}).get(f"{names[row]}/{names[column]}")
         _write_cell(axes, row, column, float(value), "black" if value > middle else "white", held)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _write_cell(axes: Axes, row: int, column: int, value: float, ink: str, held: bool | None) -> None:
@@ -138,7 +154,58 @@ def _write_cell(axes: Axes, row: int, column: int, value: float, ink: str, held:
     axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=10)
 
 
-def _save(figure: Figure, path: Path) -> None:
+@dataclass(frozen=True)
+class BackfillCurve:
+    """One upgrade's figure while its gallery is embedded again.
+
+    Attributes:
+        share: of the gallery that is the new model's, ascending from 0 to 1.
+        random: the figure at each share, in a random order.
+        uncertainty: the figure, the most ambiguous items first.
+        old: the old model's own figure; None: not measured.
+    """
+
+    share: Sequence[float]
+    random: Sequence[float]
+    uncertainty: Sequence[float]
+    old: float | None
+
+
+def plot_backfill(curves: Mapping[str, BackfillCurve], metric: str, path: Path) -> None:
+    """Draw a metric over the share of the gallery that is embedded again, and write it to `path` as PNG.
+
+    Args:
+        curves: "new/old" -> its curve.
+        metric: its name.
+        path: the PNG; written beside and renamed, an older file is replaced.
+
+    Raises:
+        DataError: there is no curve.
+    """
+    if not curves:
+        raise DataError(f"no backfill curve to draw in {path}: evaluate a generation with its parent")
+    figure = Figure(figsize=(8.6, 5.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (label, curve) in enumerate(curves.items()):
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linewidth": 2.0, "markersize": 5}
+        old = label.split("/")[1]
+        axes.plot(curve.share, curve.uncertainty, "o-", label=f"{label}, most ambiguous first", **look)
+        axes.plot(curve.share, curve.random, "s--", label=f"{label}, random order", **look)
+        if curve.old is not None:
+            axes.axhline(curve.old, color=look["color"], linestyle=":", linewidth=1.4, label=f"{old}/{old}")
+    axes.set_title(f"Partial backfill: {metric}")
+    axes.set_xlabel("share of the gallery embedded by the new model")
+    axes.set_ylabel(metric)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PERCENT)
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.grid(visible=True, color="0.88")
+    axes.legend(title="new/old", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(picture, dpi=DPI, format="png")
     write_atomically(path, picture.getvalue())

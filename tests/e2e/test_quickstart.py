@@ -20,7 +20,7 @@ from pipeline.errors import DataError
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
 
 ROOT = Path(__file__).parents[2]
-PAIRS = ["v1/v1", "v2/v1", "v2/v2", "paragon/v1", "paragon/paragon"]
+PAIRS = ["v1/v1", "v2/v1", "v2/v2", "v2-paragon/v1", "v2-paragon/v2", "v2-paragon/v2-paragon"]
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
@@ -61,14 +61,15 @@ def submitted(ray: PrivateRay) -> str:
 
 @pytest.fixture(scope="module")
 def report(submitted: str, home: Path) -> dict[str, Any]:
-    assert "compatible with v1" in submitted
+    assert "compatible" in submitted
+    assert "with v1" in submitted
     content: dict[str, Any] = json.loads((home / "runs" / "tiny" / "report.json").read_text())
     return content
 
 
-def alone(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def alone(home: Path, *arguments: str, job: str = "train_bct") -> subprocess.CompletedProcess[str]:
     """`python jobs/train_bct.py`, with a Ray of its own if it needs one: none of these runs should."""
-    command = [sys.executable, "jobs/train_bct.py", "--config", "configs/tiny.yaml", *arguments]
+    command = [sys.executable, f"jobs/{job}.py", "--config", "configs/tiny.yaml", *arguments]
     environment = {**os.environ, "BCT_HOME": str(home), "RAY_ADDRESS": "127.0.0.1:1"}  # no Ray: it must not be asked
     return subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
 
@@ -83,13 +84,21 @@ def refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
 
 def test_report_holds_every_pair(report: dict[str, Any]) -> None:
     assert report["generations"] == ["v1", "v2", "v2-paragon"]
-    assert list(report["metrics"]) == ["rank1", "tar@1e-2"]
-    for row in report["metrics"].values():
+    assert list(report["matrix"]) == ["rank1", "tar@1e-2"]
+    for row in report["matrix"].values():
         assert sorted(row) == sorted(PAIRS)
-        assert all(0.0 <= value <= 1.0 for value in row.values())
-    held = all(row["v2/v1"] > row["v1/v1"] for row in report["metrics"].values())
-    assert report["criterion"] == {"v2/v1": held}
-    assert report["update_gain"].keys() == report["metrics"].keys()
+        assert all(0.0 <= one["low"] <= one["value"] <= one["high"] <= 1.0 for one in row.values())
+    held = all(row["v2/v1"]["value"] > row["v1/v1"]["value"] for row in report["matrix"].values())
+    assert report["criterion"].keys() == {"v2/v1", "v2-paragon/v1", "v2-paragon/v2"}
+    assert report["criterion"]["v2/v1"]["held"] == held
+    assert [pair for pair, judged in report["criterion"].items() if judged["ancestor"]] == ["v2/v1"]
+    for section in ("update_gain", "negative_flips", "threshold"):
+        assert report[section].keys() == report["criterion"].keys()
+    assert report["update_gain"]["v2/v1"].keys() == report["matrix"].keys()
+    backfill = report["backfill"]["v2/v1"]
+    for order in ("random", "uncertainty"):
+        ends = [report["matrix"]["rank1"][pair]["value"] for pair in ("v2/v1", "v2/v2")]
+        assert [backfill[order]["rank1"][0], backfill[order]["rank1"][-1]] == pytest.approx(ends)
     assert report["seconds"].keys() == {"data", "v1", "v2", "v2-paragon", "evaluation"}
     assert report["mlflow"]["model"] == "tiny"
     versions = report["mlflow"]["versions"]
@@ -100,8 +109,10 @@ def test_report_holds_every_pair(report: dict[str, Any]) -> None:
 
 def test_pictures_are_there(report: dict[str, Any], home: Path) -> None:
     assert report
-    for name in ("det.png", "matrix-rank1.png", "matrix-tar-at-1e-2.png"):
+    for name in ("det.png", "matrix-rank1.png", "matrix-tar-at-1e-2.png", "backfill-rank1.png"):
         assert (home / "runs" / "tiny" / name).read_bytes().startswith(b"\x89PNG"), name
+    assert "v2/v1" in (home / "runs" / "tiny" / "report.md").read_text()
+    assert len(list((home / "runs" / "tiny" / "embeddings").glob("*.safetensors"))) == 3
 
 
 def test_mlflow_holds_runs_curves_lineage_and_versions(report: dict[str, Any]) -> None:
@@ -134,12 +145,28 @@ def test_run_again_finds_everything_and_does_nothing(report: dict[str, Any], hom
     assert done.returncode == 0, done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in (home / "runs" / "tiny" / "generations").rglob("*")}
     again = json.loads((home / "runs" / "tiny" / "report.json").read_text())
-    assert again["metrics"] == report["metrics"]
+    assert again["matrix"] == report["matrix"]
     assert again["mlflow"] == report["mlflow"]
     client = MlflowClient(report["mlflow"]["tracking_uri"])
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id])) == 3
+
+
+def test_evaluation_alone_gives_the_same_figures(report: dict[str, Any], home: Path) -> None:
+    done = alone(home, job="evaluate")
+    assert done.returncode == 0, done.stderr
+    folder = home / "runs" / "tiny" / "evaluation"
+    told = json.loads((folder / "report.json").read_text())
+    assert told["matrix"] == report["matrix"]
+    assert {path.name for path in folder.iterdir()} >= {"report.md", "det.png", "matrix-rank1.png"}
+    assert "v2 is" in done.stdout
+    some = alone(home, "--generations", "v1,v2", "evaluation.bootstrap=0", job="evaluate")
+    assert some.returncode == 0, some.stderr
+    told = json.loads((folder / "report.json").read_text())
+    assert told["generations"] == ["v1", "v2"]
+    assert told["matrix"]["rank1"]["v1/v1"]["low"] is None
+    refused(alone(home, "--generations", "v1,v9", job="evaluate"), "'v9'", "choose of v1, v2, v2-paragon")
 
 
 def test_reused_name_with_another_config_names_the_keys(report: dict[str, Any], home: Path) -> None:
@@ -209,7 +236,7 @@ def test_killed_driver_goes_on_from_the_last_checkpoint(report: dict[str, Any], 
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((home / "runs" / "killed" / "report.json").read_text())
     assert told["generations"] == ["v1"]
-    assert told["metrics"]["rank1"].keys() == {"v1/v1"}
+    assert told["matrix"]["rank1"].keys() == {"v1/v1"}
     client = MlflowClient(told["mlflow"]["tracking_uri"])
     experiment = client.get_experiment_by_name("killed")
     assert experiment is not None

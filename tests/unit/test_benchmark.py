@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from jobs import benchmark
 from pipeline.benchmarks.eager import MOMENTUM, RATE, EagerClassifier
+from pipeline.benchmarks.evaluation import faces
 from pipeline.benchmarks.plot import plot_results
 from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.heads import Head
@@ -80,6 +82,72 @@ def test_the_job_tells_and_writes_its_figures(tmp_path: Path) -> None:
     picture = tmp_path / "cost.png"
     plot_results([target], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+EVALUATION = ["--templates", "190", "--pairs", "21000", "--gallery", "730", "--queries", "61", "--dim", "33"]
+
+
+@pytest.mark.parametrize(("task", "rival"), [("verification", "roc_curve"), ("search", "faiss")])
+def test_evaluation_agrees_with_the_public_way(tmp_path: Path, task: str, rival: str) -> None:
+    target = tmp_path / "result.json"
+    command = [sys.executable, "jobs/benchmark.py", "evaluation", "--task", task, *EVALUATION, "--repeats", "2"]
+    done = subprocess.run([*command, "--json", str(target)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "extra memory" in done.stdout
+    result: dict[str, Any] = json.loads(target.read_text())
+    assert result["benchmark"] == "evaluation"
+    assert result["extra_bytes"].keys() == result["seconds"].keys() >= {"pipeline", rival}
+    assert all(len(times) == 2 and min(times) > 0 for times in result["seconds_all"].values())
+    assert result["ratio"] > 0
+    if task == "verification":
+        assert result["genuine"] + result["impostors"] == 21000
+        assert list(result["tar"]["pipeline"]) == ["0.1", "0.01", "0.001", "0.0001"], "a FAR needs its impostors"
+        assert result["tar"]["pipeline"] == pytest.approx(result["tar"][rival])
+        assert result["largest_difference_in_pairs"] == 0
+        assert 0 < min(result["tar"]["pipeline"].values()) < 1
+    else:
+        ours, theirs = (result["figures"][way] for way in ("pipeline", rival))
+        assert {rank: ours[rank] for rank in theirs} == pytest.approx(theirs)
+        assert 0 < ours["rank1"] < ours["rank10"] < 1
+        assert 0 < ours["tpir@0.1"] < 1
+        assert "tpir@0.01" not in ours, "31 strangers are too few"
+        assert result["faiss_first_below_best"] == 0
+
+
+def test_faces_of_one_identity_are_alike_whichever_rows_hold_them() -> None:
+    identity = np.array([5, 9, 5, 102, 9])
+    unit = faces(identity, 515, 0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    assert cosine[0, 2] > cosine[0, 3] > cosine[0, 1], "5 and 102 are of one family"
+    np.testing.assert_array_equal(faces(identity, 515, 0), faces(identity, 515, 0))
+    assert not np.array_equal(faces(identity, 515, 0), faces(identity, 515, 1))
+
+
+def test_a_missing_rival_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.delitem(sys.modules, "pipeline.benchmarks.evaluation_rivals", raising=False)
+    assert benchmark.main(["evaluation"]) == 2
+    assert "faiss is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--task", "guess"], "--task guess: Input should be 'verification' or 'search'"),
+        (["--task", "search", "--gallery", "900000000"], "lower --gallery or --dim"),
+        (["--pairs", "90000000000"], "lower --pairs or --dim"),
+    ],
+)
+def test_mistakes_of_evaluation_are_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert benchmark.main(["evaluation", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(

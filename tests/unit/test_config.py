@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.compat.methods.baselines import Lwf
+from pipeline.compat.methods.bct import Bct
 from pipeline.config import RunConfig, default_home, differing_keys, load_config
 from pipeline.errors import ConfigError
 
@@ -70,6 +72,23 @@ def test_printed_config_reads_back_as_the_same(minimal: Path, tmp_path: Path) ->
         (["generations.v1.margin={name: cosface, m2: 0.5, m3: 0.1}"], "margin 'cosface' takes no m2"),
         (["generations.v1.backbone.image_size=64"], "takes 64 px images"),
         (["generations.v2.compat.method=independent"], "'independent' takes no parents"),
+        (
+            ["generations.v2.compat.method=bct-sis"],
+            "unknown generations.v2.compat.method 'bct-sis', did you mean bct-sys?",
+        ),
+        (["generations.v2.compat.method=zzz"], "unknown generations.v2.compat.method 'zzz'; known are bct, bct-kd, "),
+        (
+            ["generations.v2.compat={method: bct-sys, confidance: 0.3}"],
+            ": unknown key generations.v2.compat.confidance, did you mean confidence?",
+        ),
+        (["generations.v2.compat.wieght=0.3"], ": unknown key generations.v2.compat.wieght, did you mean weight?"),
+        (["generations.v2.compat={method: l2, margin: 0}"], ": unknown key generations.v2.compat.margin"),
+        (
+            ["generations.v2.compat={method: lwf, temperature: 0}"],
+            ": generations.v2.compat.temperature: Input should be greater than 0 (given: 0)",
+        ),
+        (["generations.v2.compat=bct"], ": generations.v2.compat: Input should be a valid dictionary"),
+        (["generations.v1.compat.method=finetune"], "'finetune' needs exactly one parent"),
         (["generations.v2.paragon_of=v9"], "paragon_of names 'v9', which is not in this run"),
         (["generations.v2.parents=[v2]"], "names itself"),
         (["generations.v2.parents=[v3]", "generations.v3.seed=1"], "trained after"),
@@ -85,6 +104,14 @@ def test_mistakes_are_told_in_one_line(minimal: Path, overrides: list[str], told
         load_config(minimal, overrides)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_method_without_a_name_is_bct(minimal: Path) -> None:
+    config = load_config(minimal, ["generations.v2.compat.weight=0.3"])
+    assert config.generations["v2"].compat == Bct(weight=0.3)
+    assert config.generations["v1"].compat == Bct()
+    config = load_config(minimal, ["generations.v2.compat={method: lwf, temperature: 3}"])
+    assert config.generations["v2"].compat == Lwf(temperature=3.0)
 
 
 def test_missing_file_and_no_yaml(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rank-k, TAR@FAR and DET against quadratic Python references, and cases worked out by hand."""
+"""TAR@FAR and DET against quadratic Python references, and cases worked out by hand."""
 
 import math
 from typing import Any
@@ -14,12 +14,13 @@ from pipeline.evaluation import metrics
 from pipeline.evaluation.metrics import (
     VerificationScores,
     det_curve,
-    rank_k,
+    det_points,
+    far_at_threshold,
     tar_at_far,
     threshold_at_far,
     unit_rows,
-    verification,
 )
+from pipeline.evaluation.verification import verification
 
 Array = npt.NDArray[Any]
 
@@ -30,17 +31,6 @@ def cosine(a_D: Array, b_D: Array) -> float:
     dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
     score = dot / math.sqrt(math.fsum(x * x for x in a)) / math.sqrt(math.fsum(x * x for x in b))
     return round(score * 2**24) / 2**24
-
-
-def reference_rank(query: Array, query_id: Array, gallery: Array, gallery_id: Array, k: int) -> float:
-    hits = []
-    for q, identity in zip(query, query_id, strict=True):
-        if identity not in gallery_id:
-            continue
-        items = [(cosine(q, g), other == identity) for g, other in zip(gallery, gallery_id, strict=True)]
-        items.sort(key=lambda item: (-item[0], item[1]))  # equal scores: the stranger (False) first
-        hits.append(any(is_mate for _, is_mate in items[:k]))
-    return sum(hits) / len(hits)
 
 
 def reference_pairs(
@@ -79,74 +69,6 @@ def random_set(seed: int, count: int, identities: int, groups: int, dim: int = 7
     centre = random.standard_normal((identities, dim))
     vectors = centre[identity] + 0.8 * random.standard_normal((count, dim))
     return vectors.astype(np.float32), identity, random.integers(groups, size=count)
-
-
-# Rank-k ---------------------------------------------------------------------------------------------------------
-
-
-def test_rank_k_by_hand() -> None:
-    gallery = np.array([[1, 0], [0, 1], [-1, 0]], np.float32)
-    gallery_id = np.array([5, 6, 7])
-    query = np.array([[2, 1], [1, 2], [1, 3], [-9, 1]], np.float32)
-    query_id = np.array([5, 5, 7, 8])  # nearest; second; third; not enrolled, left out
-    found = rank_k(query, query_id, gallery, gallery_id, (1, 2, 3, 10))
-    assert found == {1: 1 / 3, 2: 2 / 3, 3: 1.0, 10: 1.0}
-
-
-def test_ties_count_against_the_query() -> None:
-    same = np.ones((4, 3), np.float32)
-    identity = np.arange(4)
-    assert rank_k(same, identity, same, identity, (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
-
-
-def test_a_second_mate_behind_a_stranger_changes_nothing() -> None:
-    gallery = np.array([[1, 0.1], [1, 1], [0, 1]], np.float32)
-    assert rank_k(np.array([[1, 0]], np.float32), np.array([1]), gallery, np.array([1, 2, 1])) == {1: 1.0}
-
-
-def test_scale_of_embeddings_does_not_matter() -> None:
-    vectors, identity, _ = random_set(3, 40, 9, 2)
-    scaled = vectors * np.random.default_rng(0).uniform(1e-12, 1e12, (40, 1)).astype(np.float32)
-    faint = vectors[20:] * np.float32(1e-15)
-    expected = rank_k(vectors[:20], identity[:20], vectors[20:], identity[20:], (1, 2))
-    assert rank_k(scaled[:20], identity[:20], faint, identity[20:], (1, 2)) == expected
-
-
-@pytest.mark.parametrize("chunk_pairs", [1, 17, 40, 10_000])
-def test_rank_k_matches_reference_at_every_chunk(chunk_pairs: int) -> None:
-    vectors, identity, _ = random_set(11, 53, 13, 2)
-    query, gallery = slice(0, 36), slice(36, 53)
-    arguments = (vectors[query], identity[query], vectors[gallery], identity[gallery])
-    found = rank_k(*arguments, (1, 2, 5), chunk_pairs=chunk_pairs)
-    assert found == {k: pytest.approx(reference_rank(*arguments, k), abs=1e-12) for k in (1, 2, 5)}
-    assert 0 < found[1] < found[5] < 1  # the case tells ranks apart
-
-
-small_vectors = st.lists(st.integers(-1, 1), min_size=3, max_size=3).filter(any)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.data())
-def test_rank_k_matches_reference_with_many_ties(data: st.DataObject) -> None:
-    query = np.array(data.draw(st.lists(small_vectors, min_size=1, max_size=7)), np.float32)
-    gallery = np.array(data.draw(st.lists(small_vectors, min_size=1, max_size=7)), np.float32)
-    identities = st.integers(0, 2)
-    query_id = np.array(data.draw(st.lists(identities, min_size=len(query), max_size=len(query))))
-    gallery_id = np.array(data.draw(st.lists(identities, min_size=len(gallery), max_size=len(gallery))))
-    k, chunk_pairs = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 50))
-    if not set(query_id) & set(gallery_id):
-        with pytest.raises(DataError, match="none of the"):
-            rank_k(query, query_id, gallery, gallery_id, (k,))
-        return
-    found = rank_k(query, query_id, gallery, gallery_id, (k,), chunk_pairs=chunk_pairs)[k]
-    assert found == pytest.approx(reference_rank(query, query_id, gallery, gallery_id, k), abs=1e-12)
-
-
-def test_scores_that_cancel_to_zero_are_tied() -> None:
-    gallery = np.array([[0, 1, -1], [0, -1, 1]], np.float32)
-    query = np.array([[0, 1, 1], [0, 3, 3]], np.float32)
-    for gallery_id in (np.array([0, 1]), np.array([1, 0])):
-        assert rank_k(query, np.array([0, 0]), gallery, gallery_id, (1, 2)) == {1: 0.0, 2: 1.0}
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------
@@ -203,6 +125,53 @@ def test_scores_do_not_depend_on_the_chunk() -> None:
         parts = verification(vectors, identity, vectors, identity, same_images=True, chunk_pairs=chunk_pairs)
         np.testing.assert_array_equal(parts.genuine_P, whole.genuine_P)
         np.testing.assert_array_equal(parts.impostor_tail_T, whole.impostor_tail_T)
+
+
+@pytest.mark.parametrize("chunk_pairs", [23, 400, 10_000])
+def test_half_of_a_self_test_is_the_whole(chunk_pairs: int) -> None:
+    vectors, identity, group = random_set(7, 61, 9, 4)
+    keywords: dict[str, Any] = {"query_group_Q": group, "gallery_group_G": group, "same_images": True}
+    half = verification(vectors, identity, vectors, identity, tail=501, chunk_pairs=chunk_pairs, **keywords)
+    whole = verification(vectors, identity, vectors.copy(), identity, tail=501, **keywords)
+    assert (half.doubled, whole.doubled) == (True, False)
+    assert half.impostors == whole.impostors
+    for name in ("genuine_P", "impostor_tail_T", "impostor_histogram_B"):
+        np.testing.assert_array_equal(getattr(half, name), getattr(whole, name), name)
+    assert len(half.impostor_tail_T) == 501
+
+
+def test_scores_keep_the_identities_of_their_pairs() -> None:
+    query, query_id, _ = random_set(15, 29, 6, 1)
+    gallery, gallery_id, _ = random_set(16, 37, 6, 1)
+    scores = verification(query, query_id, gallery, gallery_id, tail=40, chunk_pairs=100)
+    pairs = [(cosine(q, g), i, j) for q, i in zip(query, query_id, strict=True)
+             for g, j in zip(gallery, gallery_id, strict=True)]  # fmt: skip
+    highest = sorted((pair for pair in pairs if pair[1] != pair[2]), reverse=True)[:40]
+    assert scores.tail_query_T is not None
+    assert scores.tail_gallery_T is not None
+    assert scores.genuine_identity_P is not None
+    found = zip(scores.impostor_tail_T.tolist(), scores.tail_query_T, scores.tail_gallery_T, strict=True)
+    assert list(found) == highest
+    genuine = sorted((score, i) for score, i, j in pairs if i == j)
+    assert list(zip(scores.genuine_P.tolist(), scores.genuine_identity_P, strict=True)) == genuine
+
+
+def test_a_collapsed_model_keeps_its_tail_bounded() -> None:
+    vectors = np.ones((40, 3), np.float32)
+    scores = verification(vectors, np.arange(40) // 2, vectors, np.arange(40) // 2, same_images=True, tail=11)
+    np.testing.assert_array_equal(scores.impostor_tail_T, np.ones(11, np.float32))
+    assert scores.impostor_histogram_B[-1] == scores.impostors == 40 * 38
+
+
+def test_cancelling_embeddings_lie_in_the_bin_of_nought() -> None:
+    random = np.random.default_rng(0)
+    left = random.standard_normal((50, 64)).astype(np.float32)
+    query, gallery = np.hstack([left, left]), np.hstack([left, -left])
+    scores = verification(query, np.arange(50), gallery, np.arange(50), query_group_Q=np.arange(50) * 0,
+                          gallery_group_G=1 + np.arange(50) * 0)  # fmt: skip
+    every = [cosine(q, g) for i, q in enumerate(query) for j, g in enumerate(gallery) if i != j]
+    assert scores.impostor_histogram_B[1024:].sum() >= sum(score >= 0 for score in every)
+    np.testing.assert_array_equal(scores.genuine_P, np.zeros(50, np.float32))
 
 
 def test_opposite_and_equal_embeddings_lie_in_the_histogram() -> None:
@@ -289,6 +258,20 @@ def test_too_few_impostors_says_how_many_are_needed(far: float, needed: int) -> 
         tar_at_far(scores_of([0.5], [0.1] * (needed - 1)), far)
 
 
+def test_far_at_a_threshold_by_hand() -> None:
+    impostor = [0.01 * i for i in range(100)]
+    whole, cut = scores_of([0.5], impostor), scores_of([0.5], impostor, tail=10)
+    for scores in (whole, cut):
+        assert far_at_threshold(scores, 0.955) == 0.04
+        assert far_at_threshold(scores, float(np.float32(0.95))) == 0.05  # at the threshold itself one passes
+        assert far_at_threshold(scores, 1.5) == 0.0
+        assert far_at_threshold(scores, threshold_at_far(scores, 0.07)) == 0.07
+    assert far_at_threshold(whole, 0.255) == 0.74
+    # Below the tail the histogram tells: no score lies between these edges, so it is exact there too.
+    assert far_at_threshold(cut, 0.255) == pytest.approx(0.74, abs=1e-9)
+    assert far_at_threshold(cut, -1.0) == 1.0
+
+
 # DET ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +305,15 @@ def test_det_agrees_with_tar_at_far() -> None:
         assert 1 - tar_at_far(scores, far + 1e-9) == pytest.approx(frr)
 
 
+def test_det_points_give_their_thresholds() -> None:
+    vectors, identity, group = random_set(17, 90, 12, 3)
+    scores = verification(vectors, identity, vectors, identity, query_group_Q=group, gallery_group_G=group, tail=300)
+    far_K, frr_K, threshold_K = det_points(scores, points=30)
+    for far, frr, threshold in zip(far_K[far_K < 0.05], frr_K[far_K < 0.05], threshold_K, strict=False):
+        assert far_at_threshold(scores, float(threshold)) == far
+        assert np.mean(scores.genuine_P < threshold) == frr
+
+
 def test_det_of_a_collapsed_model() -> None:
     far_K, frr_K = det_curve(scores_of([1.0] * 3, [1.0] * 50, tail=10), points=5)
     assert set(zip(far_K.tolist(), frr_K.tolist(), strict=True)) == {(0.0, 1.0), (1.0, 0.0)}
@@ -336,7 +328,7 @@ def test_a_row_that_is_not_finite_is_named(bad: float) -> None:
     broken = vectors.copy()
     broken[6, 3] = bad
     with pytest.raises(DataError, match="query embedding row 6 holds NaN or infinity"):
-        rank_k(broken, identity, vectors, identity)
+        verification(broken, identity, vectors, identity)
     with pytest.raises(DataError, match="gallery embedding row 6 holds NaN or infinity"):
         verification(vectors, identity, broken, identity)
 
@@ -349,7 +341,7 @@ def test_a_zero_row_is_named() -> None:
 def test_empty_sides_are_refused() -> None:
     vectors, identity, _ = random_set(13, 5, 2, 1)
     with pytest.raises(DataError, match="gallery embeddings are empty"):
-        rank_k(vectors, identity, vectors[:0], identity[:0])
+        verification(vectors, identity, vectors[:0], identity[:0])
     with pytest.raises(DataError, match="query embeddings are empty"):
         verification(vectors[:0], identity[:0], vectors, identity)
 

@@ -1,5 +1,6 @@
 """The pictures: written whole, readable back, and showing what they were given."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.evaluation import plots
-from pipeline.evaluation.plots import plot_det, plot_matrix
+from pipeline.evaluation.plots import BackfillCurve, plot_backfill, plot_det, plot_matrix
 
 FAR = np.geomspace(1e-6, 1, 50)
 MATRIX = np.array([[0.27, np.nan, np.nan], [0.291, 0.381, np.nan], [0.002, np.nan, 0.382]])
@@ -20,13 +21,13 @@ NAMES = ("v1", "v2", "paragon")
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures as they are saved, so that what is on them can be read without reading pixels."""
     figures: list[Figure] = []
-    save = plots._save
+    save = plots.save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     return figures
 
 
@@ -61,6 +62,43 @@ def test_many_curves_differ_by_more_than_colour(tmp_path: Path, drawn: list[Figu
     plot_det({f"v{i}/v1": (FAR, (1 - FAR**0.2) / (1 + i)) for i in range(9)}, tmp_path / "det.png")
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines}
     assert len(looks) == 9
+
+
+def test_det_bands_lie_around_their_curve(tmp_path: Path, drawn: list[Figure]) -> None:
+    frr = 1 - FAR**0.2
+    plot_det({"v1/v1": (FAR, frr), "v2/v1": (FAR, frr / 2)}, tmp_path / "det.png", {"v2/v1": (FAR, frr / 4, frr)})
+    axes = drawn[0].axes[0]
+    assert "95 %" in axes.get_title()
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    assert np.asarray(corners)[:, 1].max() == pytest.approx(frr.max())
+    assert band.get_facecolor()[0][:3] == pytest.approx([0xD5 / 255, 0x5E / 255, 0])  # type: ignore[index]
+
+
+def test_backfill_curves(tmp_path: Path, drawn: list[Figure]) -> None:
+    share = [0.0, 0.5, 1.0]
+    plot_backfill({"v2/v1": BackfillCurve(share, [0.3, 0.4, 0.6], [0.3, 0.5, 0.6], 0.2)}, "rank1", tmp_path / "b.png")
+    plot_backfill({"v2/v1": BackfillCurve(share, [0.3, 0.4, 0.6], [0.3, 0.5, 0.6], None)}, "rank1", tmp_path / "c.png")
+    assert min(pixels(tmp_path / "b.png")) > 600
+    lines = {str(line.get_label()): list(np.asarray(line.get_ydata())) for line in drawn[0].axes[0].lines}
+    assert lines == {
+        "v2/v1, most ambiguous first": [0.3, 0.5, 0.6],
+        "v2/v1, random order": [0.3, 0.4, 0.6],
+        "v1/v1": [0.2, 0.2],
+    }
+    assert len(drawn[1].axes[0].lines) == 2
+    with pytest.raises(DataError, match="no backfill curve"):
+        plot_backfill({}, "rank1", tmp_path / "d.png")
+
+
+def test_matrix_of_eight_generations_stays_legible(tmp_path: Path, drawn: list[Figure]) -> None:
+    names = [*(f"v{number}" for number in range(1, 8)), "v7-paragon"]
+    values = np.where(np.tri(8, dtype=bool), 0.5, np.nan)
+    plot_matrix(names, values, "rank1", tmp_path / "m.png")
+    assert min(pixels(tmp_path / "m.png")) > 1200
+    boxes = [label.get_window_extent() for label in drawn[0].axes[0].get_xticklabels()]
+    assert all(left.x0 < right.x0 for left, right in pairwise(boxes))
+    assert len(cell_texts(drawn[0])) == 64
 
 
 def test_det_refuses_nothing_to_draw(tmp_path: Path) -> None:
