@@ -1,21 +1,19 @@
 """The run config: what `configs/*.yaml` say, checked, completed, and comparable by digest.
 
-Each section's model stands beside what it configures; this file joins them, reads YAML and command-line overrides,
-and tells a mistake in one line that names the key and the nearest known one.
+Each section's model stands beside what it configures; this file joins them, and reads YAML and command-line overrides.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.compat.methods import CompatConfig
 from pipeline.compat.methods.bct import Bct
@@ -28,6 +26,7 @@ from pipeline.data.typefaces import TypefaceConfig
 from pipeline.data.verify import Digests
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compatibility import EvaluationConfig
+from pipeline.mistakes import mistakes
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.margins import MarginConfig
@@ -199,6 +198,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or no YAML, a key is unknown, or a value is out of range.
     """
+    return load_tree(read_yaml(path, overrides), path)
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file's mapping, with overrides.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or an override is none.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -209,13 +217,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config file {path} holds no mapping of keys to values")
     for override in overrides:
         _apply(tree, override)
+    return tree
+
+
+def load_tree(tree: dict[str, Any], path: Path) -> RunConfig:
+    """The run config of a mapping that was read from `path`.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is out of range.
+    """
     defaults = tree.pop("defaults", None) or {}
     if isinstance(generations := tree.get("generations"), dict):
-        tree["generations"] = {name: _merge(defaults, own or {}) for name, own in generations.items()}
+        tree["generations"] = {name: merge(defaults, own or {}) for name, own in generations.items()}
     try:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_lines(error))}") from None
+        raise ConfigError(f"{path}: {'; '.join(mistakes(error, RunConfig))}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -234,40 +251,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: its value is no YAML: {' '.join(str(error).split())}") from None
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`, section by section."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def _lines(error: pydantic.ValidationError) -> Iterator[str]:
-    """One short sentence for each thing that is wrong."""
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            nearest = difflib.get_close_matches(
-                str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1, cutoff=0.4
-            )
-            yield f"unknown key {path}" + (f", did you mean {nearest[0]}?" if nearest else "")
-        elif problem["type"] == "missing":
-            yield f"{path} is missing"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = problem.get("input")
-            told = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-            yield f"{path}: {message}{told}" if path else message
-
-
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section at `location`; below a mapping's free names stands the model of its values."""
-    model: type[BaseModel] = RunConfig
-    parts = iter(location)
-    for part in parts:
-        annotation: Any = model.model_fields[str(part)].annotation
-        if getattr(annotation, "__origin__", None) is dict:
-            next(parts, None)
-            annotation = annotation.__args__[1]
-        model = annotation
-    return list(model.model_fields)

@@ -7,6 +7,7 @@ A folder:
     classifier-START-STOP.safetensors    rows [START, STOP) of the prototypes, one file a rank that wrote
     identities.parquet                   the key of each row
     selftest.safetensors                 a few images as the backbone saw them, and the features it gave
+    maps.safetensors                     weights of the maps to and from the parents' spaces, where there are any
 
 Nothing in it is unpickled. The record is written last and the folder renamed into place: an artefact is there
 whole or not at all.
@@ -15,8 +16,10 @@ whole or not at all.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,14 +36,16 @@ from pipeline.errors import GenerationError
 from pipeline.files import file_sha256, write_json
 from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig, build_backbone
+from pipeline.model.maps import Direction, LearnedMap, MapConfig, SpaceMap
 from pipeline.model.margins import MarginConfig
 from pipeline.schema import Config, digest_json
 
-RECORD, BACKBONE, IDENTITIES, SELFTEST = (
+RECORD, BACKBONE, IDENTITIES, SELFTEST, MAPS = (
     "generation.json",
     "backbone.safetensors",
     "identities.parquet",
     "selftest.safetensors",
+    "maps.safetensors",
 )
 CLASSIFIER_PART = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 SELFTEST_COSINE = 0.999  # other kernels and thread counts move features by far less
@@ -63,6 +68,11 @@ class GenerationRecord(Config):
     code_version: str
     training: dict[str, float] = Field(default_factory=dict, description="steps and last losses of the run")
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of each file beside the record")
+    maps: tuple[MapConfig, ...] = Field((), description="between the new space and the parents'")
+
+    def told(self) -> dict[str, Any]:
+        """What generation.json says. Without maps it says nothing of them: older artefacts keep their digest."""
+        return self.model_dump(mode="json", exclude=None if self.maps else {"maps"})
 
 
 class Generation:
@@ -88,7 +98,7 @@ class Generation:
     @cached_property
     def digest(self) -> str:
         """Sha256 of the record, which holds those of all files: equal digests are equal generations."""
-        return digest_json(self.record.model_dump(mode="json"))
+        return digest_json(self.record.told())
 
     def verify(self) -> None:
         """Check every file against the record.
@@ -96,15 +106,17 @@ class Generation:
         Raises:
             GenerationError: names the first file that is missing or has changed.
         """
-        for name, expected in self.record.files.items():
-            path = self.path / name
-            if not path.is_file():
-                raise GenerationError(f"generation {self.record.name!r}: {path} is missing; restore it or train again")
-            if file_sha256(path) != expected:
-                raise GenerationError(
-                    f"generation {self.record.name!r}: {path} has changed since it was written; "
-                    "restore it or train again"
-                )
+        for name in self.record.files:
+            self._verify_file(name)
+
+    def _verify_file(self, name: str) -> None:
+        path = self.path / name
+        if not path.is_file():
+            raise GenerationError(f"generation {self.record.name!r}: {path} is missing; restore it or train again")
+        if file_sha256(path) != self.record.files.get(name):
+            raise GenerationError(
+                f"generation {self.record.name!r}: {path} has changed since it was written; restore it or train again"
+            )
 
     def identities(self) -> IdentityTable:
         """The key of each row of the classifier."""
@@ -115,6 +127,23 @@ class Generation:
         backbone = build_backbone(self.record.backbone)
         backbone.load_state_dict(load_file(self.path / BACKBONE))
         return backbone.eval()
+
+    def load_map(self, parent: str, direction: Direction) -> SpaceMap:
+        """The learned map to a parent's space, or from it, in evaluation mode, on the CPU.
+
+        Raises:
+            GenerationError: there is none, or its file is missing or has changed.
+        """
+        found = [one for one in self.record.maps if (one.parent, one.direction) == (parent, direction)]
+        if not found:
+            told = ", ".join(f"{one.direction} {one.parent}" for one in self.record.maps) or "no map at all"
+            raise GenerationError(f"generation {self.record.name!r} has no {direction} map of {parent!r}, but {told}")
+        self._verify_file(MAPS)
+        start = found[0].prefix
+        weights = {name: value for name, value in load_file(self.path / MAPS).items() if name.startswith(start)}
+        loaded = SpaceMap(found[0])
+        loaded.load_state_dict({name.removeprefix(start): value for name, value in weights.items()})
+        return loaded.eval()
 
     def read_classifier_rows(self, rows_K: npt.NDArray[np.int64]) -> Tensor:
         """(K, D) float32 prototypes of the given rows, reading only the files and spans that hold them."""
@@ -172,12 +201,16 @@ def seal(
     backbone_state: dict[str, Tensor],
     identities: IdentityTable,
     selftest_images: Tensor,
+    maps: Sequence[LearnedMap] = (),
 ) -> Generation:
     """Complete `folder`, which holds every classifier part, and rename it into place.
 
     The self-test is made by a backbone loaded from what was just written, so that it also proves the file.
     """
-    save_file({name: value.detach().contiguous().cpu() for name, value in backbone_state.items()}, folder / BACKBONE)
+    _save(backbone_state, folder / BACKBONE)
+    if maps:
+        assert len({one.config.prefix for one in maps}) == len(maps), "one map a parent and direction"
+        _save({one.config.prefix + name: value for one in maps for name, value in one.state.items()}, folder / MAPS)
     identities.save(folder / IDENTITIES)
     backbone = build_backbone(record.backbone)
     backbone.load_state_dict(load_file(folder / BACKBONE))
@@ -185,6 +218,11 @@ def seal(
         features_ND = backbone.eval()(selftest_images)
     save_file({"images": selftest_images.contiguous(), "features": features_ND.contiguous()}, folder / SELFTEST)
     digests = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
-    write_json(folder / RECORD, record.model_copy(update={"files": digests}).model_dump(mode="json"))
+    complete = record.model_copy(update={"files": digests, "maps": tuple(one.config for one in maps)})
+    write_json(folder / RECORD, complete.told())
     folder.rename(destination)
     return Generation(destination)
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    save_file({name: value.detach().contiguous().cpu() for name, value in state.items()}, path)

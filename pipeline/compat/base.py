@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline.compat.means import ImagesOf, class_means
 from pipeline.generation import Generation
 from pipeline.model.heads import Head
+from pipeline.model.maps import LearnedMap
 from pipeline.model.margins import MarginConfig
+from pipeline.model.mesh import ClassMesh
 from pipeline.model.terms import BatchLoss
 from pipeline.schema import Config
 
@@ -30,6 +34,9 @@ class Parent:
         first_row: the table's row of `means_CD[0]`.
         length: of the parent's prototypes, on average.
         margin: of the new generation.
+        spread_C: (C,) cosine to its mean that the share `asks_spread` of each identity's images reach. None unless
+            the method asks for it.
+        mesh: the ranks that hold all the means together.
     """
 
     generation: Generation
@@ -39,6 +46,8 @@ class Parent:
     first_row: int
     length: float
     margin: MarginConfig
+    spread_C: Tensor | None = None
+    mesh: ClassMesh = field(default_factory=ClassMesh)
 
     @property
     def name(self) -> str:
@@ -65,6 +74,15 @@ class Companion(nn.Module):
         """
         raise NotImplementedError
 
+    def exported_maps(self, state: Mapping[str, Tensor]) -> list[LearnedMap]:
+        """The maps between the new space and the parents' that the artefact is to hold and the evaluation to use.
+
+        Args:
+            state: the companion's own state dict, whole: under ZeRO its parameters may be in pieces.
+        """
+        del state
+        return []
+
 
 class Method(Config):
     """How a generation is held to its parents: L = L_new + lambda * sum of what the hooks give, for each parent.
@@ -85,6 +103,17 @@ class Method(Config):
     def asks_means(self) -> bool:
         """Whether it needs the class means of the parents' features before the first step."""
         return False
+
+    @property
+    def asks_spread(self) -> float | None:
+        """Share of an identity's images of which it needs to know how far from their mean they lie; None: not."""
+        return None
+
+    def means(
+        self, backbone: nn.Module, images_of: ImagesOf, first_row: int, end_row: int, dim: int, device: torch.device
+    ) -> Tensor:
+        """(C, D_old) means of a parent's unit features of identities, for a method that asks for them."""
+        return class_means(backbone, images_of(first_row, end_row), first_row, end_row, dim, device)
 
     def weight_at(self, step: int, steps: int) -> float:
         """Lambda at a step: a pure function, so that a resumed run needs no state."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
 from pipeline.generation import Generation
 from pipeline.identities import Alignment, IdentityTable, align
+from pipeline.model.backbones import BackboneConfig
 from pipeline.model.heads import Head
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import row_range
@@ -55,6 +57,21 @@ def start_from(weight_CD: Tensor, parent: Generation, new: IdentityTable, mesh: 
     dim = min(weight_CD.shape[1], parent.record.backbone.embedding_dim)
     places = torch.from_numpy(new_rows - first_row).to(weight_CD.device)
     weight_CD[places, :dim] = parent.read_classifier_rows(kept)[:, :dim].to(weight_CD.device)
+
+
+def start_backbone_from(network: nn.Module, config: BackboneConfig, parent: Generation) -> None:
+    """Give a fresh backbone the parent's weights.
+
+    Raises:
+        ConfigError: the two are not of one architecture.
+    """
+    here, there = (one.model_dump(exclude={"dropout"}) for one in (config, parent.record.backbone))
+    if differing := [f"{key} ({there[key]} there, {here[key]} here)" for key in here if here[key] != there[key]]:
+        raise ConfigError(
+            f"the backbone is to start from the weights of {parent.record.name!r}, but differs from it in "
+            f"{', '.join(differing)}; take the parent's backbone, or another compat.method"
+        )
+    network.load_state_dict(parent.load_backbone().state_dict())
 
 
 def prototype_length(parent: Generation) -> float:

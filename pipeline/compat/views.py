@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.compat.base import Method, Parent
-from pipeline.compat.means import class_means
+from pipeline.compat.means import ImagesOf as ImagesOf
+from pipeline.compat.means import class_spread
 from pipeline.compat.parents import load_parent_head, prototype_length
 from pipeline.generation import Generation
 from pipeline.identities import IdentityTable
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import row_range
-
-# First and last row of the new table -> each image of those identities once, with its row.
-ImagesOf = Callable[[int, int], Iterable[tuple[Tensor, Tensor]]]
 
 
 def view_parents(
@@ -35,11 +33,14 @@ def view_parents(
     start = 0
     for parent in parents:
         dim = parent.record.backbone.embedding_dim
-        means_CD = None
+        means_CD = spread_C = None
         if method.asks_means:
             assert images_of is not None, "class means are made of images"
             backbone = parent.load_backbone().to(device)
-            means_CD = class_means(backbone, images_of(first_row, end_row), first_row, end_row, dim, device)
+            means_CD = method.means(backbone, images_of, first_row, end_row, dim, device)
+            if method.asks_spread is not None:
+                images = images_of(first_row, end_row)
+                spread_C = class_spread(backbone, images, means_CD, first_row, method.asks_spread)
         views.append(
             Parent(
                 generation=parent,
@@ -49,6 +50,8 @@ def view_parents(
                 first_row=first_row,
                 length=prototype_length(parent),
                 margin=margin,
+                spread_C=spread_C,
+                mesh=mesh,
             )
         )
         start += dim

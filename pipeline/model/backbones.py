@@ -1,7 +1,7 @@
 """Backbones by name: images in, features out.
 
 A backbone is a trunk (images to maps) and a head (maps to features). The features are not normalised: that is the
-margin's business; and no ReLU ends them, because one generation's ReLU leaves the next no compatible space.
+margin's business; and no ReLU ends them unless asked for: one generation's ReLU leaves the next no compatible space.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class BackboneConfig(Config):
     width: int = Field(default=32, ge=1, description="Only for small: channels of the stem; the stages have 2x, 4x.")
     depth: int = Field(default=1, ge=0, description="Only for small: stride-1 convolutions of a stage.")
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="Share of the head's inputs dropped in training.")
+    relu: bool = Field(
+        default=False, description="End the features in a ReLU: for showing that it leaves no compatible space."
+    )
 
     @field_validator("name")
     @classmethod
@@ -105,6 +108,7 @@ class Backbone(nn.Module):
         self.head = head
         self.image_shape = (config.channels, config.image_size, config.image_size)
         self.embedding_dim = config.embedding_dim
+        self.relu = config.relu
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return features_BD, float32 (or autocast's type), not normalised, of images_BCHW, float32."""
@@ -112,7 +116,7 @@ class Backbone(nn.Module):
             f"images are {tuple(images_BCHW.shape[1:])}, the backbone takes {self.image_shape}"
         )
         features_BD: Tensor = self.head(self.trunk(_channels_last(images_BCHW)))
-        return features_BD
+        return nn.functional.relu(features_BD) if self.relu else features_BD
 
 
 def build_backbone(config: BackboneConfig) -> Backbone:

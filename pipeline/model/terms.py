@@ -19,6 +19,7 @@ from pipeline.model.heads import (
     NOT_HERE,
     OWN_LOGIT,
     STATISTICS,
+    SUM_EXP,
     Approach,
     Distil,
     Head,
@@ -139,7 +140,8 @@ class DistilTerm:
         self.new_log_B, self.old_log_B = combine(new_WBS)[0], combine(old_WBS)[0]
         target_B = (pulled_WB * torch.exp(old_WBS[..., MAXIMUM] - self.old_log_B)).sum(dim=0)
         counted_B = self.real_B & ~known_B if self.objective.unknown_only else self.real_B
-        return torch.where(counted_B, self.new_log_B - target_B, 0.0), counted_B
+        nothing_B = old_WBS[..., SUM_EXP].sum(dim=0) == 0  # no prototype was sampled: there is no choice to agree on
+        return torch.where(counted_B & ~nothing_B, self.new_log_B - target_B, 0.0), counted_B
 
     def feature_gradient(self, weight_B: Tensor) -> Tensor:
         towards_BD = self.new_scan.pull_BD * torch.exp(self.new_scan.maximum_B - self.new_log_B)[:, None]

@@ -74,7 +74,8 @@ def export(
 ) -> None:
     """Write the artefact: each rank its rows, rank 0 the rest. Collective."""
     beside = destination.with_name(f".{destination.name}.tmp")
-    backbone, _ = trainer.engine.module_states()
+    backbone, learned = trainer.engine.module_states()
+    maps = trainer.companion.exported_maps(learned) if trainer.companion else []
     if trainer.rank == 0:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -85,7 +86,7 @@ def export(
     dist.barrier()
     if trainer.rank == 0:
         images = next(batches).images_BCHW[:SELFTEST_IMAGES].cpu()  # of the step after the last: the same on a resume
-        seal(beside, destination, record, backbone, identities, images)
+        seal(beside, destination, record, backbone, identities, images, maps)
     dist.barrier()
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.compat.base import Method
-from pipeline.compat.parents import start_from
+from pipeline.compat.parents import start_backbone_from, start_from
 from pipeline.compat.views import ImagesOf, guides_of, view_parents
 from pipeline.errors import ConfigError
 from pipeline.generation import Generation
@@ -81,8 +81,9 @@ class Trainer:
         self.guides = guides_of(parents, device) if compat.asks_features else []
         torch.manual_seed(seed)
         network, companion = build_backbone(backbone), compat.companion(backbone.embedding_dim, views)
+        self.companion = companion
         if compat.starts_from_parent:
-            network.load_state_dict(parents[0].load_backbone().state_dict())
+            start_backbone_from(network, backbone, parents[0])
         self.engine = BackboneEngine(
             network.to(device),
             training.optimiser,

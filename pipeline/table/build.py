@@ -1,0 +1,75 @@
+"""The whole table: train what is missing, measure what is missing, write the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.assessment import Split
+from pipeline.code import code_version
+from pipeline.family import train_missing
+from pipeline.files import write_atomically, write_json
+from pipeline.generation import Generation
+from pipeline.registry import Registry
+from pipeline.registry_store import tracking_location
+from pipeline.run import Clock, prepare_data, train_with_bars
+from pipeline.table.grid import Grid, Table
+from pipeline.table.measuring import Figures, measure_pairs, pairs_of
+from pipeline.table.results import table_json, table_markdown
+
+
+def build(grid: Grid, markdown: Path, figures: Path, title: str) -> dict[str, Any]:
+    """Do all of the grid that is not done, and write its tables.
+
+    Args:
+        grid: cells and tables.
+        markdown: the tables, to be read.
+        figures: the same as JSON, every metric with its interval.
+        title: what stands at the top of `markdown`.
+
+    Returns:
+        What `figures` holds.
+
+    Raises:
+        PipelineError: as a training run, or an evaluation.
+    """
+    config = grid.run
+    uri, artifact_root = tracking_location(config.tracking, config.home)
+    registry = Registry(uri, config.name, artifact_root)
+    checks = prepare_data(config)
+    clock = Clock(config.folder / "seconds.json")
+    generations = train_missing(config, registry, lambda plans: train_with_bars(plans, clock))
+    for check in checks:
+        check.wait()
+    measured = _measure(grid, generations)
+    told = {
+        "code": code_version(),
+        "generations": {name: one.digest for name, one in generations.items()},
+        "tables": [table_json(grid, table, measured[_split(table)]) for table in grid.tables],
+    }
+    write_json(figures, told)
+    parts = [title, *(table_markdown(grid, table, measured[_split(table)]) for table in grid.tables)]
+    write_atomically(markdown, "\n".join(parts).encode())
+    _log(registry, measured["test"])
+    return told
+
+
+def _split(table: Table) -> Split:
+    return "validation" if table.split == "validation" else "test"
+
+
+def _measure(grid: Grid, generations: dict[str, Generation]) -> dict[Split, dict[tuple[str, str], Figures]]:
+    needed: dict[Split, list[tuple[str, str]]] = {"validation": [], "test": []}
+    for table in grid.tables:
+        needed[_split(table)] += [pair for row in table.rows for pair in pairs_of(grid, row)]
+    return {split: measure_pairs(grid, generations, pairs, split) if pairs else {} for split, pairs in needed.items()}
+
+
+def _log(registry: Registry, measured: dict[tuple[str, str], Figures]) -> None:
+    """Give each cell's run the figures of the pairs whose queries it embeds."""
+    by_query: dict[str, dict[str, float]] = {}
+    for (query, gallery), figures in measured.items():
+        for metric, estimate in figures.items():
+            by_query.setdefault(query, {})[f"{metric}/{query}/{gallery}"] = estimate.value
+    for name, values in by_query.items():
+        registry.log_evaluation(name, values)
