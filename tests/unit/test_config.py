@@ -148,7 +148,7 @@ def test_home_is_absolute_and_has_a_default_from_the_environment(
 
 
 def test_every_config_of_the_repository_is_valid() -> None:
-    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    configs = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "paper_table.yaml"})  # a grid of runs
     assert QUICKSTART in configs
     assert all(isinstance(load_config(path), RunConfig) for path in configs)
 
