@@ -35,6 +35,25 @@ OLD_MARGINS = {"v1": MarginConfig(name="cosface", scale=10.0, m3=0.1), "v0": Mar
 OLD_DIMS = {"v1": 6, "v0": 5}
 POOL_ROWS = torch.tensor([0, 7, 1, 2, 3, 9, 1, 0, 4, 6, 8, 6, 1, 5, 2, 6, 8])  # row 10 has no image, row 4 one
 
+# Method, its parents, and the new dimension.
+CASES: list[tuple[dict[str, Any], list[str], int]] = [
+    ({"method": "independent"}, [], 6),
+    ({"method": "bct"}, ["v1"], 6),
+    ({"method": "bct"}, ["v1", "v0"], 8),
+    ({"method": "bct", "margin": 0.0}, ["v1"], 6),
+    ({"method": "bct", "margin": 0.3}, ["v1", "v0"], 6),
+    ({"method": "bct", "prototypes": "means"}, ["v1"], 8),
+    ({"method": "bct", "prototypes": "means"}, ["v0"], 6),
+    ({"method": "bct-kd"}, ["v1", "v0"], 6),
+    ({"method": "bct-kd"}, ["v0"], 8),
+    ({"method": "bct-sys"}, ["v1"], 6),
+    ({"method": "bct-sys", "confidence": 0.9}, ["v1", "v0"], 8),
+    ({"method": "l2"}, ["v1", "v0"], 8),
+    ({"method": "lwf"}, ["v1", "v0"], 8),
+    ({"method": "lwf", "temperature": 0.5}, ["v0"], 6),
+    ({"method": "finetune"}, ["v1"], 6),
+]
+
 
 def plain(config: BackboneConfig) -> nn.Module:
     """Without batch norm, whose statistics are those of a rank's part."""

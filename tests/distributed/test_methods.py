@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests import dense
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_parents import (
     BATCH,
+    CASES,
     MARGIN,
     OLD_TABLES,
     SEED,
@@ -34,25 +36,6 @@ from tests.distributed.small_parents import (
     plain_losses,
     use_plain_backbones,
 )
-
-# Method, its parents, and the new dimension.
-CASES: list[tuple[dict[str, Any], list[str], int]] = [
-    ({"method": "independent"}, [], 6),
-    ({"method": "bct"}, ["v1"], 6),
-    ({"method": "bct"}, ["v1", "v0"], 8),
-    ({"method": "bct", "margin": 0.0}, ["v1"], 6),
-    ({"method": "bct", "margin": 0.3}, ["v1", "v0"], 6),
-    ({"method": "bct", "prototypes": "means"}, ["v1"], 8),
-    ({"method": "bct", "prototypes": "means"}, ["v0"], 6),
-    ({"method": "bct-kd"}, ["v1", "v0"], 6),
-    ({"method": "bct-kd"}, ["v0"], 8),
-    ({"method": "bct-sys"}, ["v1"], 6),
-    ({"method": "bct-sys", "confidence": 0.9}, ["v1", "v0"], 8),
-    ({"method": "l2"}, ["v1", "v0"], 8),
-    ({"method": "lwf"}, ["v1", "v0"], 8),
-    ({"method": "lwf", "temperature": 0.5}, ["v0"], 6),
-    ({"method": "finetune"}, ["v1"], 6),
-]
 
 
 def wanted_losses(home: Path, case: tuple[dict[str, Any], list[str], int], step: int) -> dict[str, float]:
@@ -100,26 +83,41 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("methods")
 
 
-@pytest.fixture(scope="module")
-def first(home: Path) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """It also makes the parents."""
-    told: list[tuple[dict[str, float], dict[str, float]]] = run_ranks(1, first_losses, home)[0]
+def of_one(rank: int, world_size: int, home: Path) -> dict[str, Any]:
+    """All that one process tells; it also makes the parents."""
+    told: dict[str, Any] = {"first": first_losses(rank, world_size, home)}
+    told |= {"steps": several_steps(rank, world_size, home), "far": updates(home), "refused": refused(home)}
     return told
 
 
+def of_two(rank: int, world_size: int, home: Path) -> dict[str, Any]:
+    """All that each of two processes tells."""
+    return {"steps": several_steps(rank, world_size, home), "same": interrupted(rank, world_size, home)}
+
+
+@pytest.fixture(scope="module")
+def one(home: Path) -> dict[str, Any]:
+    told: dict[str, Any] = run_ranks(1, of_one, home)[0]
+    return told
+
+
+@pytest.fixture(scope="module")
+def two(one: dict[str, Any], home: Path) -> list[dict[str, Any]]:
+    assert one, "the parents are there"
+    return run_ranks(2, of_two, home)
+
+
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{case[0]['method']}" for n, case in enumerate(CASES)])
-def test_a_steps_losses_are_the_plain_ones(first: list[tuple[dict[str, float], dict[str, float]]], number: int) -> None:
-    told, wanted = first[number]
+def test_a_steps_losses_are_the_plain_ones(one: dict[str, Any], number: int) -> None:
+    told, wanted = one["first"][number]
     assert list(told) == list(wanted)
     assert told == pytest.approx(wanted, rel=1e-5)
     assert min(told.values()) > 0
 
 
-@pytest.mark.usefixtures("first")
-def test_two_ranks_lose_what_one_does(home: Path) -> None:
-    one, two = run_ranks(1, several_steps, home)[0], run_ranks(2, several_steps, home)
-    assert two[0] == two[1]
-    for alone, together in zip(one, two[0], strict=True):
+def test_two_ranks_lose_what_one_does(one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    assert two[0]["steps"] == two[1]["steps"]
+    for alone, together in zip(one["steps"], two[0]["steps"], strict=True):
         for losses, wanted in zip(together, alone, strict=True):
             assert losses == pytest.approx(wanted, rel=1e-4)
 
@@ -130,13 +128,14 @@ def interrupted(rank: int, world_size: int, home: Path) -> list[list[bool]]:
     parts = batch_parts(BATCH, world_size)
     mine, out = slice(sum(parts[:rank]), sum(parts[: rank + 1])), []
     for settings in ({"method": "bct-sys"}, {"method": "bct-kd"}, {"method": "bct", "prototypes": "means"}):
-        folder = home / f"checkpoints-{settings['method']}"
+        folder = home / f"checkpoints-{settings['method']}"  # one a case: a run has its own
         whole, before, after = (make_trainer(home, settings, ["v1", "v0"], 8) for _ in range(3))
-        wanted = [whole.step(*(part[mine] for part in drawn(step)), step)[0] for step in range(STEPS)]
-        told = [before.step(*(part[mine] for part in drawn(step)), step)[0] for step in range(2)]
+        images, labels = zip(*((part[mine] for part in drawn(step)) for step in range(STEPS)), strict=True)
+        wanted = [whole.step(images[step], labels[step], step)[0] for step in range(STEPS)]
+        told = [before.step(images[step], labels[step], step)[0] for step in range(2)]
         before.save(folder, 2)
         assert after.restore(folder) == 2
-        told.append(after.step(*(part[mine] for part in drawn(2)), 2)[0])
+        told.append(after.step(images[2], labels[2], 2)[0])
         got, state = after.engine.state(), whole.engine.state()
         same = [torch.equal(one, two) for one, two in zip(told, wanted, strict=True)]
         same += [torch.equal(got[name], value) for name, value in state.items()]
@@ -144,11 +143,10 @@ def interrupted(rank: int, world_size: int, home: Path) -> list[list[bool]]:
     return out
 
 
-@pytest.mark.usefixtures("first")
-def test_interrupted_equals_uninterrupted(home: Path) -> None:
-    for result in run_ranks(2, interrupted, home):
-        assert [all(same) for same in result] == [True] * 3
-        assert all(len(same) > STEPS + 4 for same in result), "weights and their optimiser's state are among them"
+def test_interrupted_equals_uninterrupted(two: list[dict[str, Any]]) -> None:
+    for result in two:
+        assert [all(same) for same in result["same"]] == [True] * 3
+        assert all(len(same) > STEPS + 4 for same in result["same"]), "weights and their optimiser's state"
 
 
 def synthesised(_rank: int, _world_size: int, home: Path) -> list[tuple[list[list[float]], list[int]]]:
@@ -164,13 +162,14 @@ def synthesised(_rank: int, _world_size: int, home: Path) -> list[tuple[list[lis
     return out
 
 
-@pytest.mark.usefixtures("first")
+@pytest.mark.usefixtures("one")
 def test_synthesised_prototypes_are_confident_class_means_of_the_others_length(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "build_backbone", plain)
     results = run_ranks(3, synthesised, home)
     parent, found = PlainParent(home, "v1"), []
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-6)
     for number, confidence in enumerate((0.0, 0.9)):
         rows = [row for result in results for row in result[number][1]]
         weight = torch.tensor([one for result in results for one in result[number][0]], dtype=torch.float64)
@@ -178,17 +177,17 @@ def test_synthesised_prototypes_are_confident_class_means_of_the_others_length(
         wanted, column_of = parent.synthesised(confidence)
         inside = [place for place, row in enumerate(rows) if row < len(TABLE)]
         assert sorted(rows[place] for place in inside) == sorted(column_of)
-        torch.testing.assert_close(weight[inside], wanted[[column_of[rows[place]] for place in inside]])
+        close(weight[inside], wanted[[column_of[rows[place]] for place in inside]])
         new = [place for place in inside if TABLE.keys[rows[place]] not in parent.table.row_of_key]
         length = parent.weight.norm(dim=1).mean()
-        torch.testing.assert_close(weight[new].norm(dim=1), length.expand(len(new)))
+        close(weight[new].norm(dim=1), length.expand(len(new)))
         found.append(set(rows))
     assert 10 not in found[0], "no image, no prototype"
     assert 4 in found[1], "one image: its mean has length 1"
     assert found[1] < found[0], "some means are too short"
 
 
-def updates(_rank: int, _world_size: int, home: Path) -> list[float]:
+def updates(home: Path) -> list[float]:
     """How far weights are, by their size, from plain descent on L_new + lambda L_old after each step, lambda moving."""
     use_plain_backbones()
     settings = {"method": "bct", "weight": 0.4, "weight_end": 1.6, "warmup": 0.5}
@@ -212,9 +211,9 @@ def updates(_rank: int, _world_size: int, home: Path) -> list[float]:
     return far
 
 
-@pytest.mark.usefixtures("first")
-def test_lambdas_schedule_reaches_the_update(home: Path) -> None:
-    assert max(run_ranks(1, updates, home)[0]) < 5e-6
+def test_lambdas_schedule_reaches_the_update(one: dict[str, Any]) -> None:
+    assert len(one["far"]) == STEPS
+    assert max(one["far"]) < 5e-6
 
 
 def test_lambda_moves_linearly_after_its_warmup() -> None:
@@ -226,7 +225,7 @@ def test_lambda_moves_linearly_after_its_warmup() -> None:
     assert Bct(weight=3.0, weight_end=1.0).weight_at(0, 1) == 3.0
 
 
-def refused(_rank: int, _world_size: int, home: Path) -> str:
+def refused(home: Path) -> str:
     """What is said of a backbone that cannot start from the parent's; dropout may differ."""
     use_plain_backbones()
     with pytest.raises(ConfigError) as error:
@@ -235,8 +234,7 @@ def refused(_rank: int, _world_size: int, home: Path) -> str:
     return str(error.value)
 
 
-@pytest.mark.usefixtures("first")
-def test_start_from_another_architecture_is_refused_in_one_line(home: Path) -> None:
-    told = run_ranks(1, refused, home)[0]
+def test_start_from_another_architecture_is_refused_in_one_line(one: dict[str, Any]) -> None:
+    told = one["refused"]
     assert "embedding_dim (6 there, 8 here), width (32 there, 4 here)" in told
     assert "\n" not in told

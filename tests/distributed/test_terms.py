@@ -22,23 +22,15 @@ from pipeline.model.rows import batch_parts
 from pipeline.model.sampling import sampled
 from tests import dense
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_classifier import (
-    ARCFACE,
-    COSFACE,
-    DIM,
-    NEW_TABLE,
-    NO_OLD_IDENTITY,
-    OLD_TABLES,
-    REPEATS,
-    ROWS,
-    my_part,
-)
+from tests.distributed.test_classifier import DIM, NEW_TABLE, NO_OLD_IDENTITY, OLD_TABLES, REPEATS, ROWS, my_part
 
-OLD_DIMS = (5, DIM)
+COSFACE = MarginConfig(name="cosface", scale=16.0, m3=0.2)
+ARCFACE = MarginConfig(name="arcface", scale=8.0, m2=0.3)
 GUIDES = (slice(0, 5), slice(5, 5 + DIM))
 NORM = MarginConfig(name="norm_softmax", scale=6.0)
 HOT = MarginConfig(name="norm_softmax", scale=90.0)  # beyond what needs no running maximum
 HALVED = MarginConfig(name="softmax", scale=1.0).model_copy(update={"scale": 0.5})  # temperature 2, no length
+LATE = [22, 17, 1, 22, 11, 5, 9, 8, 17]  # without the first identities that the first parent knows
 LOCALS, CONTRAST_SCALE, SEED = ("first", "second"), 4.0, 3
 
 
@@ -93,12 +85,10 @@ class Case:
         draw = partial(torch.randn, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         samples, (first, second) = len(self.labels), OLD_TABLES
         shapes = [(samples, DIM), (samples, 5 + DIM), (samples, len(LOCALS)), (ROWS, DIM)]
-        shapes += [(len(first), OLD_DIMS[0]), (len(second), OLD_DIMS[1])]
+        shapes += [(len(first), 5), (len(second), DIM)]
         made = [draw(*shape).to(self.dtype) for shape in shapes]
         self.features, self.guides, self.locals, self.weight, *self.parents = made
-        self.radii = [
-            torch.rand(len(old), generator=torch.Generator().manual_seed(4)).to(self.dtype) for old in self.parents
-        ]
+        self.radii = [old[:, 0].sigmoid() for old in self.parents]
 
     def head(self, number: int, shard: int, shards: int) -> Head:
         """A part of a frozen head."""
@@ -143,8 +133,8 @@ class Case:
     def _dense_head(self, number: int, features: Tensor) -> Tensor:
         head, kind = self.head(number, 0, 1), HEADS[number][3]
         assert isinstance(head.rows_C, Tensor)
-        chosen = self._taking_part(head.rows_C)
-        weight, rows, guides = head.weight_CD[chosen].double(), head.rows_C[chosen].tolist(), self.guides.double()
+        chosen, guides = self._taking_part(head.rows_C), self.guides.double()
+        weight, rows = head.weight_CD[chosen].double(), head.rows_C[chosen].tolist()
         columns = torch.tensor([rows.index(label) if label in rows else -1 for label in self.labels])
         if isinstance(head.objective, Approach):
             return dense.approach_loss(features, weight, head.objective.radius_C[chosen].double(), columns, penalty)
@@ -161,8 +151,8 @@ class Case:
         losses = [dense.dense_loss(features, weight[chosen], columns, COSFACE)]
         losses += [self._dense_head(number, features) for number in range(len(HEADS))]
         losses.append(dense.regression_loss(features, self.guides[:, GUIDES[0]].double()))
-        guides = self.guides[:, GUIDES[1]].double()
-        losses.append(dense.contrast_loss(features, guides, CONTRAST_SCALE, self.blocks(world_size)))
+        blocks = self.blocks(world_size)
+        losses.append(dense.contrast_loss(features, self.guides[:, GUIDES[1]].double(), CONTRAST_SCALE, blocks))
         stacked = torch.cat([torch.stack(losses), own.mean(dim=0)])
         (stacked * WEIGHTS).sum().backward()
         gradients = {"features": features.grad, "weight": weight.grad, "locals": own.grad}
@@ -170,12 +160,12 @@ class Case:
 
 
 def one_update(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
-    """Losses and gradients of each case on this rank."""
     blocked.TILE_ROWS = 4
     return [update(rank, world_size, case) for case in cases]
 
 
 def update(rank: int, world_size: int, case: Case) -> dict[str, Any]:
+    """Losses and gradients of a case on this rank."""
     classifier, parts = case.classifier(), case.parts(world_size)
     assert classifier.loss_names == NAMES
     totals = [sum(part) for part in parts]
@@ -202,26 +192,26 @@ def update(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     }
 
 
+def close(got: list[Any], wanted: Tensor, dtype: torch.dtype, told: str) -> None:
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (1e-9, 1e-11)
+    got_64 = torch.tensor(got, dtype=torch.float64)
+    torch.testing.assert_close(got_64, wanted, rtol=rtol, atol=atol, msg=f"{told}: {got_64 - wanted}")
+
+
 def check(world_size: int, cases: list[Case]) -> None:
     results = run_ranks(world_size, one_update, cases)
     for index, case in enumerate(cases):
-        tolerance = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-11}
         expected = case.expected(world_size)
         for result in results:
-            losses = torch.tensor(result[index]["losses"], dtype=torch.float64)
-            told = f"case {index}: {dict(zip(NAMES, (losses - expected['losses']).tolist(), strict=True))}"
-            torch.testing.assert_close(losses, expected["losses"], **tolerance, msg=told)
+            close(result[index]["losses"], expected["losses"], case.dtype, f"case {index}: losses {NAMES}")
         for what in ("features", "locals", "weight"):
-            whole = torch.tensor([row for result in results for row in result[index][what]], dtype=torch.float64)
-            torch.testing.assert_close(
-                whole, expected[what], **tolerance, msg=lambda text, at=(index, what): f"{at}: {text}"
-            )
+            whole = [row for result in results for row in result[index][what]]
+            close(whole, expected[what], case.dtype, f"case {index}: gradient of {what}")
 
 
-def step_without_old_prototypes() -> int:
-    """A step in which no prototype of the second parent is sampled."""
-    rows = torch.from_numpy(parent_part(OLD_TABLES[1], NEW_TABLE, 0, 1)[1])
-    return next(step for step in range(100) if not sampled(rows, 0.4, SEED, step).any())
+def step_without(*rows: int) -> int:
+    """A step that samples none of some rows."""
+    return next(step for step in range(200) if not sampled(torch.tensor(rows), 0.4, SEED, step).any())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -232,10 +222,9 @@ def test_losses_and_gradients_are_the_plain_ones(world_size: int) -> None:
     cases.append(Case(implementation="triton", dtype=torch.float32))
     cases += [Case(micros=3), Case(micros=2, implementation="dense")]
     cases += [Case(labels, rate=0.4, step=7) for labels in (REPEATS, NO_OLD_IDENTITY)]
-    cases.append(Case(NO_OLD_IDENTITY, rate=0.4, step=step_without_old_prototypes()))
-    cases.append(Case(micros=3, rate=0.4, step=7))
-    none = cases[2].expected(world_size)["losses"]
-    silent = [name for name, loss in zip(NAMES, none.tolist(), strict=True) if loss == 0]
+    cases.append(Case(NO_OLD_IDENTITY, rate=0.4, step=step_without(2, 9, 17)))
+    cases += [Case(micros=3, rate=0.4, step=7), Case(LATE, rate=0.4, step=step_without(0, 20))]
+    silent = [name for name, loss in zip(NAMES, cases[2].expected(world_size)["losses"], strict=True) if loss == 0]
     assert silent == ["influence", "near", "near-2"], "of a batch in which no parent knows anybody"
     check(world_size, cases)
 
@@ -251,9 +240,9 @@ def test_feature_that_is_no_number_makes_every_loss_none(implementation: str) ->
     case = Case(implementation=implementation)
     case.features[:2, 2] = torch.nan
     case.labels = [3, 17, *REPEATS[2:]]  # the first parent knows row 3 alone, the second row 17
-    settings = ClassifierConfig.model_validate({"implementation": implementation})
+    config = ClassifierConfig.model_validate({"implementation": implementation})
     heads = [case.head(number, 0, 1) for number in range(len(HEADS))]
-    classifier = ShardedClassifier("new", ROWS, DIM, COSFACE, heads, batch_losses=BATCH_LOSSES, config=settings)
+    classifier = ShardedClassifier("new", ROWS, DIM, COSFACE, heads, batch_losses=BATCH_LOSSES, config=config)
     classifier.weight_CD = case.weight.clone()
     losses = classifier(case.features, torch.tensor(case.labels), [len(case.labels)], guides_bE=case.guides)
     assert losses.isnan().all(), dict(zip(classifier.loss_names, losses.tolist(), strict=True))
