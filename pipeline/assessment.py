@@ -12,11 +12,12 @@ from pipeline.console import console, say
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluation import pictures
-from pipeline.evaluation.embedding import embed_all
+from pipeline.evaluation.embedding import embed_all, read_labels
 from pipeline.evaluation.lineage import Lineage
 from pipeline.evaluation.measurement import measure
 from pipeline.evaluation.rendering import markdown, render, verdicts
 from pipeline.evaluation.report import build_report
+from pipeline.evaluation.stored import evaluable, has_stored, stored_vectors
 from pipeline.files import write_atomically, write_json
 from pipeline.generation import Generation
 from pipeline.registry import Registry
@@ -38,6 +39,21 @@ def held_out(config: RunConfig, split: Split) -> Path:
     if path is None:
         raise ConfigError(f"data.{split} names no shards: nothing to evaluate; set it to the folder of the {split} set")
     return config.home / path
+
+
+def check_stored(config: RunConfig, generations: dict[str, Generation]) -> None:
+    """Check that imported generations brought embeddings of all test images, if of any.
+
+    Raises:
+        DataError: of some they did not.
+        GenerationError: the embeddings' files have changed.
+    """
+    imported = [one for one in generations.values() if one.record.backbone is None and has_stored(one)]
+    if imported:
+        data = held_out(config, "test")
+        keys = read_labels(data, Manifest.load(data), config.evaluation.group).keys
+        for generation in imported:
+            stored_vectors(generation, keys, data)
 
 
 def lineage_of(config: RunConfig, generations: dict[str, Generation]) -> Lineage:
@@ -203,6 +219,8 @@ def trained(config: RunConfig, registry: Registry, names: Sequence[str] | None) 
     if missing:
         raise ConfigError(f"generation {missing[0]!r} is not trained yet: run jobs/train_bct.py with the same config")
     found = {name: registry.get(name).open() for name in known if name in registered and name in (names or known)}
+    if names is None:
+        found = evaluable(found)
     if not found:
         raise ConfigError(f"run {config.name!r} has no trained generation: run jobs/train_bct.py with the same config")
     return found

@@ -80,6 +80,11 @@ class Member:
         """
         if (self.artefact / RECORD).is_file():
             generation = Generation(self.artefact)
+            if generation.record.backbone is None:
+                raise ConfigError(
+                    f"generation {self.name!r} at {self.artefact} was imported: it is not trained, so leave it out of "
+                    "`generations`, and name it among the `parents` of others"
+                )
             self._refuse_other(generation.record.config, self.artefact)
             return generation
         begun = self.workplace / "config.json"
@@ -98,7 +103,8 @@ class Member:
         Raises:
             ConfigError: as `find`.
             RegistryError: a parent is not registered; or the store does not answer.
-            GenerationError: a parent's artefact has changed, or no longer gives what it gave.
+            GenerationError: a parent's artefact has changed, no longer gives what it gave, or lacks what the method
+                needs.
         """
         self.verify_parents()
         return self._plan(self._start_run())
@@ -111,9 +117,13 @@ class Member:
         return generation
 
     def verify_parents(self) -> None:
-        """Check each parent's files against its digest and let it reproduce its self-test, before workers are asked."""
+        """Check that each parent has what the method needs, is what it was, and reproduces its self-test.
+
+        All before workers are asked.
+        """
         for parent in self.parents:
             generation = parent.open()
+            self.config.generations[self.name].compat.check_parent(generation)
             generation.verify()
             generation.reproduce_selftest()
 

@@ -9,6 +9,9 @@ A folder:
     selftest.safetensors                 a few images as the backbone saw them, and the features it gave
     maps.safetensors                     weights of the maps to and from the parents' spaces, where there are any
 
+Of an imported one (`pipeline/importing.py`) only embeddings are left: it has no backbone and no self-test, and keeps
+held-out embeddings with their keys in place of them (`pipeline/evaluation/stored.py`).
+
 Nothing in it is unpickled. The record is written last and the folder renamed into place: an artefact is there
 whole or not at all.
 """
@@ -19,26 +22,23 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pydantic
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.preprocess import PreprocessConfig
 from pipeline.errors import GenerationError
 from pipeline.files import file_sha256, write_json
+from pipeline.generation_record import GenerationRecord as GenerationRecord
 from pipeline.identities import IdentityTable
-from pipeline.model.backbones import BackboneConfig, build_backbone
-from pipeline.model.maps import Direction, LearnedMap, MapConfig, SpaceMap
-from pipeline.model.margins import MarginConfig
-from pipeline.schema import Config, digest_json
+from pipeline.model.backbones import build_backbone
+from pipeline.model.maps import Direction, LearnedMap, SpaceMap
+from pipeline.schema import digest_json
 
 RECORD, BACKBONE, IDENTITIES, SELFTEST, MAPS = (
     "generation.json",
@@ -49,30 +49,6 @@ RECORD, BACKBONE, IDENTITIES, SELFTEST, MAPS = (
 )
 CLASSIFIER_PART = re.compile(r"classifier-(\d{12})-(\d{12})\.safetensors")
 SELFTEST_COSINE = 0.999  # other kernels and thread counts move features by far less
-
-
-class GenerationRecord(Config):
-    """What generation.json holds."""
-
-    format: int = Field(1, description="of this record; readers refuse those that they do not know")
-    family: str = Field(description="generations of one family share a registered model")
-    name: str = Field(description="of the generation, unique in its family")
-    parents: dict[str, str] = Field(default_factory=dict, description="digest of each parent, by name")
-    backbone: BackboneConfig
-    preprocess: PreprocessConfig
-    margin: MarginConfig
-    identities: int = Field(gt=0, description="rows of the classifier")
-    config: dict[str, object] = Field(description="the resolved config of the training run")
-    config_digest: str
-    data_digest: str = Field(description="of the manifest of the training data")
-    code_version: str
-    training: dict[str, float] = Field(default_factory=dict, description="steps and last losses of the run")
-    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each file beside the record")
-    maps: tuple[MapConfig, ...] = Field((), description="between the new space and the parents'")
-
-    def told(self) -> dict[str, Any]:
-        """What generation.json says. Without maps it says nothing of them: older artefacts keep their digest."""
-        return self.model_dump(mode="json", exclude=None if self.maps else {"maps"})
 
 
 class Generation:
@@ -107,9 +83,14 @@ class Generation:
             GenerationError: names the first file that is missing or has changed.
         """
         for name in self.record.files:
-            self._verify_file(name)
+            self.verify_file(name)
 
-    def _verify_file(self, name: str) -> None:
+    def verify_file(self, name: str) -> None:
+        """Check one file against the record.
+
+        Raises:
+            GenerationError: it is missing or has changed.
+        """
         path = self.path / name
         if not path.is_file():
             raise GenerationError(f"generation {self.record.name!r}: {path} is missing; restore it or train again")
@@ -123,7 +104,16 @@ class Generation:
         return IdentityTable.load(self.path / IDENTITIES)
 
     def load_backbone(self) -> nn.Module:
-        """The backbone with its weights, in evaluation mode, on the CPU."""
+        """The backbone with its weights, in evaluation mode, on the CPU.
+
+        Raises:
+            GenerationError: only embeddings are left of it.
+        """
+        if self.record.backbone is None:
+            raise GenerationError(
+                f"generation {self.record.name!r} at {self.path} holds embeddings only, no backbone: as a parent take "
+                "compat.method 'bct', whose prototypes are the class means of those embeddings"
+            )
         backbone = build_backbone(self.record.backbone)
         backbone.load_state_dict(load_file(self.path / BACKBONE))
         return backbone.eval()
@@ -138,7 +128,7 @@ class Generation:
         if not found:
             told = ", ".join(f"{one.direction} {one.parent}" for one in self.record.maps) or "no map at all"
             raise GenerationError(f"generation {self.record.name!r} has no {direction} map of {parent!r}, but {told}")
-        self._verify_file(MAPS)
+        self.verify_file(MAPS)
         start = found[0].prefix
         weights = {name: value for name, value in load_file(self.path / MAPS).items() if name.startswith(start)}
         loaded = SpaceMap(found[0])
@@ -147,7 +137,7 @@ class Generation:
 
     def read_classifier_rows(self, rows_K: npt.NDArray[np.int64]) -> Tensor:
         """(K, D) float32 prototypes of the given rows, reading only the files and spans that hold them."""
-        out = torch.empty(len(rows_K), self.record.backbone.embedding_dim)
+        out = torch.empty(len(rows_K), self.record.embedding_dim)
         found = np.zeros(len(rows_K), bool)
         for name in self.record.files:
             if not (match := CLASSIFIER_PART.fullmatch(name)):
@@ -167,9 +157,13 @@ class Generation:
     def reproduce_selftest(self) -> float:
         """Embed the stored images again and return the smallest cosine to the stored features.
 
+        Without a backbone there is nothing to reproduce: 1.
+
         Raises:
             GenerationError: the backbone does not give what it gave when it was saved.
         """
+        if self.record.backbone is None:
+            return 1.0
         try:
             stored = load_file(self.path / SELFTEST)
             with torch.no_grad():
@@ -207,6 +201,7 @@ def seal(
 
     The self-test is made by a backbone loaded from what was just written, so that it also proves the file.
     """
+    assert record.backbone is not None, "what is trained has a backbone"
     _save(backbone_state, folder / BACKBONE)
     if maps:
         assert len({one.config.prefix for one in maps}) == len(maps), "one map a parent and direction"
@@ -217,9 +212,13 @@ def seal(
     with torch.no_grad():
         features_ND = backbone.eval()(selftest_images)
     save_file({"images": selftest_images.contiguous(), "features": features_ND.contiguous()}, folder / SELFTEST)
+    return complete(folder, destination, record.model_copy(update={"maps": tuple(one.config for one in maps)}))
+
+
+def complete(folder: Path, destination: Path, record: GenerationRecord) -> Generation:
+    """Write the record of all files in `folder`, and rename it into place."""
     digests = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
-    complete = record.model_copy(update={"files": digests, "maps": tuple(one.config for one in maps)})
-    write_json(folder / RECORD, complete.told())
+    write_json(folder / RECORD, record.model_copy(update={"files": digests}).told())
     folder.rename(destination)
     return Generation(destination)
 

@@ -173,7 +173,7 @@ def create_version(
 ) -> RegisteredGeneration:
     """Make the logged model a version of the family's registered model, with all tags from the start."""
     record = generation.record
-    dim = record.backbone.embedding_dim
+    dim, model = record.embedding_dim, record.backbone.name if record.backbone else "embeddings only"
     lineage = f"compatible with {', '.join(record.parents)}" if record.parents else "no parent"
     version = client.create_model_version(
         record.family,
@@ -190,9 +190,9 @@ def create_version(
             "identities": str(record.identities),
             "dim": str(dim),
             "model_id": model_id,
-        },
-        description=f"{record.name}: {record.backbone.name}, {dim} dimensions, {record.identities} identities, "
-        f"{lineage}",
+        }
+        | ({} if record.backbone else {"imported": "true"}),
+        description=f"{record.name}: {model}, {dim} dimensions, {record.identities} identities, {lineage}",
         await_creation_for=0,
         model_id=model_id,
     )

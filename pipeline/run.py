@@ -22,6 +22,7 @@ from pipeline.data.typefaces import Split, TypefaceSource
 from pipeline.data.verify import Verification, verify
 from pipeline.evaluation.rendering import render, verdicts
 from pipeline.evaluation.report import SECTIONS
+from pipeline.evaluation.stored import evaluable
 from pipeline.family import train_missing
 from pipeline.files import write_json
 from pipeline.generation import Generation
@@ -51,7 +52,7 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
     for check in checks:
         check.wait()  # what the background found
     with clock.time("evaluation"):
-        report = evaluate(config, registry, generations)
+        report = evaluate(config, registry, evaluable(generations))
     report |= {"seconds": clock.seconds, "mlflow": registry.description()}
     write_json(config.folder / assessment.REPORT, report)
     tell(config, report, registry)
@@ -59,9 +60,21 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
 
 
 def older_generations(config: RunConfig, registry: Registry) -> dict[str, Generation]:
-    """The parents that earlier runs have trained: registered, or refused before anything is trained."""
+    """The parents that earlier runs have trained, or that were imported; what is amiss is refused before training.
+
+    Raises:
+        RegistryError: one is not registered.
+        GenerationError: its artefact has changed, or a method needs what is not left of it.
+        DataError: it was imported with test embeddings, but not of all test images.
+    """
     parents = {parent for generation in config.generations.values() for parent in generation.parents}
-    return {parent: registry.get(parent).open() for parent in sorted(parents - config.generations.keys())}
+    older = {parent: registry.get(parent).open() for parent in sorted(parents - config.generations.keys())}
+    for generation in config.generations.values():
+        for parent in older.keys() & set(generation.parents):
+            generation.compat.check_parent(older[parent])
+    if config.data.test is not None:
+        assessment.check_stored(config, older)
+    return older
 
 
 def prepare_data(config: RunConfig) -> list[Verification]:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.compat.means import ImagesOf, class_means
+from pipeline.errors import GenerationError
 from pipeline.generation import Generation
 from pipeline.model.heads import Head
 from pipeline.model.maps import LearnedMap
@@ -108,6 +109,23 @@ class Method(Config):
     def asks_spread(self) -> float | None:
         """Share of an identity's images of which it needs to know how far from their mean they lie; None: not."""
         return None
+
+    @property
+    def asks_backbone(self) -> bool:
+        """Whether it needs more of a parent than its classifier."""
+        return self.asks_features or self.asks_means or self.starts_from_parent
+
+    def check_parent(self, parent: Generation) -> None:
+        """Refuse a parent that the method cannot be held to.
+
+        Raises:
+            GenerationError: only embeddings are left of it, and the method needs its backbone.
+        """
+        if parent.record.backbone is None and self.asks_backbone:
+            raise GenerationError(
+                f"compat.method {self.method!r} needs the backbone of parent {parent.record.name!r}, of which only "
+                f"embeddings are left ({parent.path}): take 'bct', which needs its classifier alone"
+            )
 
     def means(
         self, backbone: nn.Module, images_of: ImagesOf, first_row: int, end_row: int, dim: int, device: torch.device

@@ -54,7 +54,7 @@ def start_from(weight_CD: Tensor, parent: Generation, new: IdentityTable, mesh: 
     kept, new_rows = _kept(align(parent.identities(), new), len(new), mesh.shard, mesh.shards)
     first_row, _ = row_range(len(new), mesh.shard, mesh.shards)
     weight_CD.mul_(prototype_length(parent) / weight_CD.norm(dim=1, keepdim=True))
-    dim = min(weight_CD.shape[1], parent.record.backbone.embedding_dim)
+    dim = min(weight_CD.shape[1], parent.record.embedding_dim)
     places = torch.from_numpy(new_rows - first_row).to(weight_CD.device)
     weight_CD[places, :dim] = parent.read_classifier_rows(kept)[:, :dim].to(weight_CD.device)
 
@@ -65,6 +65,7 @@ def start_backbone_from(network: nn.Module, config: BackboneConfig, parent: Gene
     Raises:
         ConfigError: the two are not of one architecture.
     """
+    assert parent.record.backbone is not None, "methods that start from a parent refuse one without"
     here, there = (one.model_dump(exclude={"dropout"}) for one in (config, parent.record.backbone))
     if differing := [f"{key} ({there[key]} there, {here[key]} here)" for key in here if here[key] != there[key]]:
         raise ConfigError(

@@ -27,14 +27,19 @@ def view_parents(
     device: torch.device,
     images_of: ImagesOf | None,
 ) -> list[Parent]:
-    """Make all that the method asks for of each parent."""
+    """Make all that the method asks for of each parent.
+
+    Raises:
+        GenerationError: a parent does not have it.
+    """
     views: list[Parent] = []
     first_row, end_row = row_range(len(identities), mesh.shard, mesh.shards)
     start = 0
     for parent in parents:
-        dim = parent.record.backbone.embedding_dim
+        method.check_parent(parent)
+        dim = parent.record.embedding_dim
         means_CD = spread_C = None
-        if method.asks_means:
+        if method.asks_means and parent.record.backbone is not None:
             assert images_of is not None, "class means are made of images"
             backbone = parent.load_backbone().to(device)
             means_CD = method.means(backbone, images_of, first_row, end_row, dim, device)

@@ -17,6 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.shards import index_path, read_attributes
 from pipeline.errors import DataError, GenerationError
 from pipeline.evaluation.compatibility import Embeddings, Mapped
+from pipeline.evaluation.stored import stored_vectors
 from pipeline.files import write_atomically
 from pipeline.generation import Generation
 from pipeline.schema import digest_json
@@ -67,11 +68,18 @@ def embed_all(
     """Embed every image with every generation, and apply the maps between them; arguments and errors as of `embed`.
 
     Raises:
-        GenerationError: a map's file has changed, or it leads to another generation of the same name.
+        GenerationError: a map's file has changed, or it leads to another generation of the same name; an imported
+            generation brought no held-out embeddings.
+        DataError: an imported generation brought none of a sample.
     """
     manifest = Manifest.load(folder)
     labels = read_labels(folder, manifest, group)
-    vectors = {name: _vectors(one, folder, manifest, threads, cache) for name, one in generations.items()}
+    vectors = {
+        name: stored_vectors(one, labels.keys, folder)
+        if one.record.backbone is None
+        else _vectors(one, folder, manifest, threads, cache)
+        for name, one in generations.items()
+    }
     return {
         name: Embeddings(
             vectors[name],
@@ -115,11 +123,13 @@ def apply_maps(generations: dict[str, Generation], name: str, vectors: dict[str,
 
 def _vectors(generation: Generation, folder: Path, manifest: Manifest, threads: int, cache: Path | None) -> Float32:
     """(N, D) embeddings, from the cache if they are there."""
-    shape = manifest.samples, generation.record.backbone.embedding_dim
+    preprocess = generation.record.preprocess
+    assert preprocess is not None, "what has a backbone has a preprocessing"
+    shape = manifest.samples, generation.record.embedding_dim
     made_of = {
         "generation": generation.digest,
         "manifest": manifest.digest,
-        "preprocess": generation.record.preprocess.model_dump(mode="json"),
+        "preprocess": preprocess.model_dump(mode="json"),
     }
     path = None if cache is None else cache / f"{generation.record.name}-{digest_json(made_of)[:16]}.safetensors"
     if path is not None and (kept_ND := _read(path)) is not None and kept_ND.shape == shape:
@@ -127,7 +137,7 @@ def _vectors(generation: Generation, folder: Path, manifest: Manifest, threads: 
     backbone = generation.load_backbone()
     vectors_ND = np.empty(shape, np.float32)
     with torch.no_grad():
-        for images, first in iterate_images(folder, manifest, generation.record.preprocess, BATCH, threads):
+        for images, first in iterate_images(folder, manifest, preprocess, BATCH, threads):
             vectors_ND[first : first + len(images)] = backbone(images).numpy()
     if path is not None:
         write_atomically(path, save({"embeddings": vectors_ND}))

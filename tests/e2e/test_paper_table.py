@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 from tests.e2e.cluster import PrivateRay, private_ray
 
 ROOT = Path(__file__).parents[2]
-CELLS = ("v1", "paragon", "bct-kd", "bct-sys", "anchored", "mixbct", "bt2", "fct")
+CELLS = ("v1", "paragon", "bct-kd", "bct-sys", "mixbct", "bt2", "fct")
 pytestmark = pytest.mark.timeout(600)
 
 

@@ -35,7 +35,7 @@ def test_config_of_the_readme_is_valid_with_and_without_the_successor(tmp_path: 
 
 
 def test_links_and_paths_of_the_docs_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "docs/classifier.md", "docs/data.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/classifier.md", "docs/data.md", "docs/compatibility.md", "docs/evaluation.md"):
         text = (ROOT / document).read_text()
         named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
             r"`((?:pipeline|jobs|configs|kube|tests|docs)/[\w./-]*)`", text

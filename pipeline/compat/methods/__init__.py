@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field
 from pipeline.compat.base import Method
 from pipeline.compat.methods.adapters import AffineAdapter, OrthogonalAdapter
 from pipeline.compat.methods.advbct import AdvBct
-from pipeline.compat.methods.anchored import Anchored
 from pipeline.compat.methods.baselines import L2, Finetune, Independent, Lwf
 from pipeline.compat.methods.bct import Bct, BctKd, BctSys
 from pipeline.compat.methods.bt2 import Bt2
@@ -36,7 +35,6 @@ CLASSES: tuple[type[Method], ...] = (
     AdvBct,
     MixBct,
     UniBct,
-    Anchored,
     Bt2,
     AffineAdapter,
     OrthogonalAdapter,

@@ -29,7 +29,7 @@ class _Influence(Method):
 
     def _head(self, parent: Parent, confidence: float | None = None) -> Head:
         """The parent's classifier, or what takes its place; `confidence`: joined by new identities' class means."""
-        if self.prototypes == "means":
+        if self.prototypes == "means" and parent.generation.record.backbone is not None:
             head = means_head(parent)
         else:
             head = parent.head if confidence is None else joined_head(parent, confidence)
@@ -42,10 +42,16 @@ class Bct(_Influence):
     Source: Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020, Eq. 5 and 8, beta on T_old:
     the loss of the new model's features through the parent's frozen classifier, under the parent's own normalisation,
     scale and margin. `prototypes: means` replaces that classifier by the class means of the parent's features, for
-    parents whose prototypes are not where their features are (plain softmax), or are lost.
+    parents whose prototypes are not where their features are (plain softmax), or are lost. A parent of which only
+    embeddings are left has class means for a classifier already: both settings take it.
     """
 
     method: Literal["bct"] = "bct"
+
+    @property
+    def asks_backbone(self) -> bool:
+        """Not even for class means: those of lost backbones are the classifier."""
+        return False
 
     def heads(self, parent: Parent) -> list[Head]:
         """One: the parent's classifier."""

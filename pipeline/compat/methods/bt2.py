@@ -34,7 +34,7 @@ class Bt2(Method):
             ConfigError: the new features have fewer values than a parent's.
         """
         for parent in parents:
-            if (old_dim := parent.generation.record.backbone.embedding_dim) > dim:
+            if (old_dim := parent.generation.record.embedding_dim) > dim:
                 raise ConfigError(
                     f"compat.method 'bt2' needs backbone.embedding_dim of at least {old_dim}, that of {parent.name!r}; "
                     f"it is {dim}"
