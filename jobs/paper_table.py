@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys to set, values as YAML")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "paper_table.yaml", help="the grid")
     parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "RESULTS.md", help="tables for people")
+    parser.add_argument("--partial", action="store_true", help="train nothing: write what is there so far")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results.json", help="every figure")
     arguments = parser.parse_args()
 
@@ -31,7 +32,7 @@ def main() -> int:
     command = shlex.join(["python", "jobs/paper_table.py", *sys.argv[1:]])
     try:
         grid = load_grid(arguments.config, arguments.overrides)
-        build(grid, arguments.markdown, arguments.json, grid.heading(command))
+        build(grid, arguments.markdown, arguments.json, grid.heading(command), arguments.partial)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

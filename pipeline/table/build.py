@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.assessment import Split
 from pipeline.code import code_version
-from pipeline.family import train_missing
+from pipeline.family import Member, train_missing
 from pipeline.files import write_atomically, write_json
 from pipeline.generation import Generation
 from pipeline.registry import Registry
@@ -18,7 +18,7 @@ from pipeline.table.measuring import Figures, measure_pairs, pairs_of
 from pipeline.table.results import table_json, table_markdown
 
 
-def build(grid: Grid, markdown: Path, figures: Path, title: str) -> dict[str, Any]:
+def build(grid: Grid, markdown: Path, figures: Path, title: str, partial: bool = False) -> dict[str, Any]:
     """Do all of the grid that is not done, and write its tables.
 
     Args:
@@ -26,6 +26,7 @@ def build(grid: Grid, markdown: Path, figures: Path, title: str) -> dict[str, An
         markdown: the tables, to be read.
         figures: the same as JSON, every metric with its interval.
         title: what stands at the top of `markdown`.
+        partial: train nothing; rows of cells that are not trained say so.
 
     Returns:
         What `figures` holds.
@@ -36,11 +37,7 @@ def build(grid: Grid, markdown: Path, figures: Path, title: str) -> dict[str, An
     config = grid.run
     uri, artifact_root = tracking_location(config.tracking, config.home)
     registry = Registry(uri, config.name, artifact_root)
-    checks = prepare_data(config)
-    clock = Clock(config.folder / "seconds.json")
-    generations = train_missing(config, registry, lambda plans: train_with_bars(plans, clock))
-    for check in checks:
-        check.wait()
+    generations = _sealed(grid, registry) if partial else _trained(grid, registry)
     measured = _measure(grid, generations)
     told = {
         "code": code_version(),
@@ -54,6 +51,23 @@ def build(grid: Grid, markdown: Path, figures: Path, title: str) -> dict[str, An
     return told
 
 
+def _trained(grid: Grid, registry: Registry) -> dict[str, Generation]:
+    """All cells, once they are trained."""
+    checks = prepare_data(grid.run)
+    clock = Clock(grid.run.folder / "seconds.json")
+    generations = train_missing(grid.run, registry, lambda plans: train_with_bars(plans, clock))
+    for check in checks:
+        check.wait()
+    return generations
+
+
+def _sealed(grid: Grid, registry: Registry) -> dict[str, Generation]:
+    """The cells that are trained and registered."""
+    members = [Member(grid.run, name, registry) for name in grid.run.generations]
+    found = {member.name: member.registered() for member in members}
+    return {name: generation for name, generation in found.items() if generation is not None}
+
+
 def _split(table: Table) -> Split:
     return "validation" if table.split == "validation" else "test"
 
@@ -61,7 +75,8 @@ def _split(table: Table) -> Split:
 def _measure(grid: Grid, generations: dict[str, Generation]) -> dict[Split, dict[tuple[str, str], Figures]]:
     needed: dict[Split, list[tuple[str, str]]] = {"validation": [], "test": []}
     for table in grid.tables:
-        needed[_split(table)] += [pair for row in table.rows for pair in pairs_of(grid, row)]
+        pairs = [pair for row in table.rows for pair in pairs_of(grid, row)]
+        needed[_split(table)] += [pair for pair in pairs if generations.keys() >= set(pair)]
     return {split: measure_pairs(grid, generations, pairs, split) if pairs else {} for split, pairs in needed.items()}
 
 

@@ -21,6 +21,7 @@ from pipeline.schema import digest_json
 from pipeline.table.grid import Grid, Row
 
 Figures = dict[str, Estimate]  # by metric
+Trio = tuple[str, str, str | None]  # new model, old model, paragon
 AT_ONCE = 4  # pairs between two writes
 
 
@@ -49,14 +50,15 @@ class Judged:
 
 def pairs_of(grid: Grid, row: Row) -> list[tuple[str, str]]:
     """(query, gallery) of all that a row needs, over its seeds."""
-    needed: list[tuple[str, str]] = []
-    for new, old, paragon in trios(grid, row):
-        needed += [(old, old), (new, old), (new, new)]
-        needed += [(paragon, paragon)] if paragon else []
-    return needed
+    return [pair for trio in trios(grid, row) for pair in _pairs(trio)]
 
 
-def trios(grid: Grid, row: Row) -> list[tuple[str, str, str | None]]:
+def _pairs(trio: Trio) -> list[tuple[str, str]]:
+    new, old, paragon = trio
+    return [(old, old), (new, old), (new, new), *([(paragon, paragon)] if paragon else [])]
+
+
+def trios(grid: Grid, row: Row) -> list[Trio]:
     """New model, old model and paragon, for each seed of the new one."""
     olds, paragons = grid.generations(row.old), grid.generations(row.paragon) if row.paragon else [None]
     return [
@@ -108,9 +110,14 @@ def measure_pairs(
     return {pair: _read(path(pair)) for pair in wanted}
 
 
+def measured_trios(grid: Grid, row: Row, measured: Mapping[tuple[str, str], Figures]) -> list[Trio]:
+    """The seeds of a row of which all that it needs is there."""
+    return [trio for trio in trios(grid, row) if measured.keys() >= set(_pairs(trio))]
+
+
 def judge(grid: Grid, row: Row, measured: Mapping[tuple[str, str], Figures], metric: str) -> Judged:
-    """A row on one metric."""
-    parts = trios(grid, row)
+    """A row on one metric, over the seeds that are measured: one at least."""
+    parts = measured_trios(grid, row, measured)
     old = _mean([measured[old, old][metric] for _, old, _ in parts])
     cross = _mean([measured[new, old][metric] for new, old, _ in parts])
     new = _mean([measured[new, new][metric] for new, _, _ in parts])

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.evaluation.bootstrap import Estimate
 from pipeline.table.grid import Grid, Table
-from pipeline.table.measuring import Figures, Judged, judge
+from pipeline.table.measuring import Figures, Judged, judge, measured_trios
 
 HEADER = (
     "| new model | metric | old/old | new/old | difference | criterion | new/new | less paragon | update gain | paper |"
@@ -22,9 +22,11 @@ def table_markdown(grid: Grid, table: Table, measured: Mapping[tuple[str, str], 
         lines += [table.text.strip(), ""]
     lines += [HEADER, RULE]
     for row in table.rows:
+        if not (seeds := len(measured_trios(grid, row, measured))):
+            lines.append(f"| {row.label} | not trained yet | | | | | | | | {row.paper} |")
+            continue
         for number, metric in enumerate(grid.run.evaluation.judged):
             one = judge(grid, row, measured, metric)
-            seeds = grid.seeds[row.new]
             label = "" if number else row.label + (f" ({seeds} seeds)" if seeds > 1 else "")
             lines.append("| " + " | ".join((label, metric, *_cells(one), "" if number else row.paper)) + " |")
     return "\n".join(lines) + "\n"
@@ -63,6 +65,8 @@ def table_json(grid: Grid, table: Table, measured: Mapping[tuple[str, str], Figu
     """One table with every metric and interval."""
     rows = []
     for row in table.rows:
+        if not (seeds := len(measured_trios(grid, row, measured))):
+            continue
         metrics = {}
         for metric in grid.run.evaluation.metric_names:
             one = judge(grid, row, measured, metric)
@@ -76,7 +80,5 @@ def table_json(grid: Grid, table: Table, measured: Mapping[tuple[str, str], Figu
                 "update_gain": one.gain,
             }
             metrics[metric] = {name: None if part is None else part.to_json() for name, part in named.items()}
-        rows.append(
-            {"label": row.label, "new": row.new, "old": row.old, "seeds": grid.seeds[row.new], "metrics": metrics}
-        )
+        rows.append({"label": row.label, "new": row.new, "old": row.old, "seeds": seeds, "metrics": metrics})
     return {"title": table.title, "split": table.split, "rows": rows}

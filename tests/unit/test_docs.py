@@ -35,12 +35,13 @@ def test_config_of_the_readme_is_valid_with_and_without_the_successor(tmp_path: 
 
 
 def test_links_and_paths_of_the_docs_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "docs/classifier.md", "docs/data.md", "docs/compatibility.md", "docs/evaluation.md"):
+    pages = ("classifier", "data", "compatibility", "evaluation", "research", "RESULTS")
+    for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in pages)):
         text = (ROOT / document).read_text()
         named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
             r"`((?:pipeline|jobs|configs|kube|tests|docs)/[\w./-]*)`", text
         )
-        assert named
+        assert named, document
         for path in named:
             beside = (ROOT / document).parent
             assert (ROOT / path).exists() or (beside / path).exists(), f"{document} names {path}"

@@ -109,6 +109,15 @@ def test_what_is_written_tells_the_verdict(tmp_path: Path, measured: dict[tuple[
     assert "| fails |" in table_markdown(grid, grid.tables[0], worse)
 
 
+def test_what_is_not_trained_yet_is_left_out_and_said(tmp_path: Path, measured: dict[tuple[str, str], Figures]) -> None:
+    grid = small_grid(tmp_path)
+    part = {pair: one for pair, one in measured.items() if "v2-s2" not in pair}
+    assert "| ours (2 seeds) | rank1 | 50.0 | 60.0 |" in table_markdown(grid, grid.tables[0], part)
+    assert table_json(grid, grid.tables[0], part)["rows"][0]["seeds"] == 2
+    assert "| ours | not trained yet |" in table_markdown(grid, grid.tables[0], {})
+    assert table_json(grid, grid.tables[0], {})["rows"] == []
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
