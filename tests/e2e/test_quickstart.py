@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from pipeline.data.typeface_packages import fetch
 from pipeline.errors import DataError
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
+from tests.e2e.grid import CELLS, build_grid
 
 ROOT = Path(__file__).parents[2]
 PAIRS = ["v1/v1", "v2/v1", "v2/v2", "v2-paragon/v1", "v2-paragon/v2", "v2-paragon/v2-paragon"]
@@ -243,3 +244,28 @@ def test_killed_driver_goes_on_from_the_last_checkpoint(report: dict[str, Any], 
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED", "the unfinished run was taken up again"
     assert client.get_metric_history(run.info.run_id, "loss/v1")[-1].step == 300
+
+
+def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, home: Path) -> None:
+    done = build_grid(home, {**ray.environment, "RAY_ADDRESS": ray.gcs})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    told = json.loads((home / "results.json").read_text())
+    (table,) = told["tables"]
+    assert [row["label"] for row in table["rows"]] == list(CELLS[2:])
+    for row in table["rows"]:
+        for metric in ("rank1", "tpir@1e-1", "tar@1e-2"):
+            one = row["metrics"][metric]
+            assert one["difference"]["value"] == pytest.approx(one["new/old"]["value"] - one["old/old"]["value"])
+            assert one["difference"]["low"] <= one["difference"]["value"] <= one["difference"]["high"]
+    text = (home / "RESULTS.md").read_text()
+    assert all(f"| {name} | " in text for name in CELLS[2:])
+
+    sealed = {path: path.stat().st_mtime_ns for path in (home / "runs" / "paper-table").rglob("generation.json")}
+    assert len(sealed) == len(CELLS) + 1
+    nobody = {**os.environ, "BCT_HOME": str(home), "RAY_ADDRESS": "127.0.0.1:1"}  # there is nothing to ask Ray for
+    again = build_grid(home, nobody)
+    assert again.returncode == 0, again.stderr
+    assert sealed == {
+        path: path.stat().st_mtime_ns for path in (home / "runs" / "paper-table").rglob("generation.json")
+    }
+    assert (home / "RESULTS.md").read_text() == text
