@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.compat.base import Companion
+from pipeline.model.gradients import scale_gradient
 from pipeline.schema import Config
 from pipeline.training.optimiser import OptimiserConfig, backbone_groups, build_optimiser, set_learning_rate
 
@@ -26,19 +27,6 @@ class EngineConfig(Config):
         "fp32",
         description="bf16 autocasts matrix products, batch norms stay fp32; only faster on processors that have it",
     )
-
-
-class _Scale(torch.autograd.Function):
-    """Identity forward; gradient times a factor backward."""
-
-    @staticmethod
-    def forward(ctx: Any, features_bD: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return features_bD.view_as(features_bD)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
 
 
 class _Pair(nn.Module):
@@ -83,10 +71,8 @@ class BackboneEngine:
     def features(self, images_bCHW: Tensor, guides_bE: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
         """(b, D) float32 features of this rank's images as the classifier is to see them, (b, K) local losses."""
         features_bD, losses_bK = self._engine(images_bCHW, guides_bE, labels_b)
-        return self._scaled(features_bD), self._scaled(losses_bK)
-
-    def _scaled(self, out_bK: Tensor) -> Tensor:
-        return cast(Tensor, _Scale.apply(out_bK, float(self.world_size)))  # type: ignore[no-untyped-call]
+        factor = float(self.world_size)
+        return scale_gradient(features_bD, factor), scale_gradient(losses_bK, factor)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of a micro-batch's share of the loss; after the `last` one of an update, join the ranks'.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from pipeline.compat.base import Companion, Method, Parent
 from pipeline.compat.methods.lce import boundary_head
+from pipeline.model.gradients import scale_gradient
 from pipeline.model.heads import Head
 
 
@@ -82,22 +83,9 @@ class Discriminators(Companion):
         for judge, guide in zip(self.judges, self.guides, strict=True):
             old_bD = F.normalize(guides_bE[:, guide])
             new_bD = F.normalize(features_bD[:, : old_bD.shape[1]])
-            new_bD = cast(Tensor, _Reverse.apply(new_bD, self.reversal))  # type: ignore[no-untyped-call]
+            new_bD = scale_gradient(new_bD, -self.reversal)
             losses.append(F.softplus(judge(new_bD)) + F.softplus(-judge(old_bD)))
         return features_bD, torch.cat(losses, dim=1)
-
-
-class _Reverse(torch.autograd.Function):
-    """Identity forward; the gradient turned round, times a factor, backward."""
-
-    @staticmethod
-    def forward(ctx: Any, features_bD: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return features_bD.view_as(features_bD)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * -ctx.factor, None
 
 
 def chord(cosine_M: Tensor) -> Tensor:
