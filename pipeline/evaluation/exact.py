@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError
-from pipeline.evaluation.metrics import STEPS, Float32, Float64, Int64
+from pipeline.evaluation.metrics import STEPS, Float32, Float64, Int64, rounded
 
 Integers = npt.NDArray[np.integer]
 
@@ -111,18 +111,12 @@ def exact_scores(left: Rows, right: Rows, row_P: Integers, column_P: Integers) -
     if not len(row_P):
         return np.empty(0, np.float32)
     if len(row_P) * DENSE >= len(left) * len(right):
-        return _rounded((left.unit() @ right.unit().T)[row_P, column_P])
+        return rounded((left.unit() @ right.unit().T)[row_P, column_P]).astype(np.float32)
     scores_P = np.empty(len(row_P), np.float32)
     for block in blocks(len(row_P), max(1, ELEMENTS // left.vectors_ND.shape[1])):
-        scores_P[block] = _rounded(
+        scores_P[block] = rounded(
             np.einsum("pd,pd->p", left[row_P[block]].unit(), right[column_P[block]].unit(), optimize=False)
         )
-    return scores_P
-
-
-def _rounded(cosine_P: Float64) -> Float32:
-    # Rounding to float32 alone is relative: what cancels to 0 would stay as 1e-17 or -1e-17, at random.
-    scores_P: Float32 = (np.rint(cosine_P * STEPS) / STEPS).astype(np.float32)
     return scores_P
 
 
