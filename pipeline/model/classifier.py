@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.model import collectives
+from pipeline.model.followers import Followers
 from pipeline.model.heads import NOT_HERE, Distil, Head
 from pipeline.model.implementations import Name, Precision, Sink, choose
 from pipeline.model.margins import MarginConfig
@@ -108,6 +109,7 @@ class ShardedClassifier:
         self.first_row, self.end_row = row_range(rows, self.mesh.shard, self.mesh.shards)
         self.weight_CD = initial_rows(self.first_row, self.end_row, dim, seed).to(device)
         self.gradient = RowGradient()
+        self.followers = Followers(self.parents, self.mesh)
         self.update: Callable[[Columns, Tensor], None] | None = None
 
     @property

@@ -68,7 +68,22 @@ class Approach:
         return replace(self, radius_C=self.radius_C[columns_K])
 
 
-Objective = Identify | Distil | Approach
+@dataclass(frozen=True)
+class Follow:
+    """Softmax towards the own identity's prototype, which follows the parent (`pipeline/model/followers.py`).
+
+    Attributes:
+        guide: columns of the parent's features among those that are gathered.
+    """
+
+    guide: slice
+
+    def only(self, _: Tensor) -> Follow:
+        """For some of the prototypes."""
+        return self
+
+
+Objective = Identify | Distil | Approach | Follow
 
 
 @dataclass(frozen=True)

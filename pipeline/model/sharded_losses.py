@@ -36,6 +36,7 @@ class ShardedLosses(torch.autograd.Function):
         """Global means of all losses."""
         mesh = classifier.mesh
         batch = gathered(features_bD, locals_bK, guides_bE, labels_b, longest, mesh)
+        classifier.followers.see(batch.labels_B, batch.guides_BE, longest)
         selection = window.selection if window else classifier.selection(batch.labels_B, longest, step)
         terms: list[Term] = [term_of(head, batch, classifier.implementation) for head in selection.heads]
         terms += [BatchTerm(loss, batch) for loss in classifier.batch_losses]

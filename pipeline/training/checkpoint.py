@@ -62,13 +62,14 @@ def load(path: Path, state: dict[str, Any]) -> int:
 
 
 def rows_state(classifier: ShardedClassifier, optimiser: RowOptimiser) -> dict[str, Tensor]:
-    """The classifier's rows and their optimiser state, each as this rank's range of one (rows, n) tensor.
+    """The classifier's rows, their optimiser state and parents' rows that move, each this rank's range of a tensor.
 
     The range is cut at multiples of BLOCK_ROWS: a rank of another world size reads those blocks that hold its rows.
     """
     grid = classifier.mesh.grid
     assert grid is not None, "checkpoints are written by a process group"
-    parts = {"weight": classifier.weight_CD, **optimiser.slots}
+    moving = {f"follows.{head.name}": head.weight_CD for head in classifier.followers.heads}
+    parts = {"weight": classifier.weight_CD, **optimiser.slots, **moving}
     return {
         name: DTensor.from_local(
             _in_blocks(part, classifier.first_row),

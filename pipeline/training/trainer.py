@@ -170,12 +170,14 @@ class Trainer:
                 norms["grad_norm/classifier"] = clip_rows_(gradient_KD, largest, self.mesh.shard_group)
             self.row_optimiser.step(self.classifier.gradient.columns, gradient_KD, rate)
             self.classifier.gradient.clear()
+        self.classifier.followers.move()
         return norms
 
     def _discard(self, loss: Tensor, begun: bool) -> None:
         if begun:
             self.engine.discard(loss)
         self.classifier.gradient.clear()
+        self.classifier.followers.forget()
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint after `step` updates. Collective."""

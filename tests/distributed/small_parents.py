@@ -52,6 +52,8 @@ CASES: list[tuple[dict[str, Any], list[str], int]] = [
     ({"method": "lwf"}, ["v1", "v0"], 8),
     ({"method": "lwf", "temperature": 0.5}, ["v0"], 6),
     ({"method": "finetune"}, ["v1"], 6),
+    ({"method": "live"}, ["v1"], 6),
+    ({"method": "live", "margin": 0.3}, ["v1", "v0"], 8),
 ]
 
 
@@ -109,12 +111,23 @@ def compat(settings: dict[str, Any]) -> Method:
     return made
 
 
-def make_trainer(home: Path, settings: dict[str, Any], parents: list[str], dim: int, **changes: Any) -> Trainer:
+def make_trainer(
+    home: Path,
+    settings: dict[str, Any],
+    parents: list[str],
+    dim: int,
+    accumulation: int = 1,
+    shard_ranks: int | None = None,
+    **changes: Any,
+) -> Trainer:
     optimiser = {"name": "sgd", "learning_rate": RATE, "momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0}
-    training = TrainingConfig.model_validate({"steps": STEPS, "global_batch": BATCH, "optimiser": optimiser})
+    training = TrainingConfig.model_validate(
+        {"steps": STEPS, "global_batch": BATCH, "accumulation": accumulation, "optimiser": optimiser}
+    )
+    classifier = ClassifierConfig(shard_ranks=shard_ranks)
     generations = [Generation(home / name) for name in parents]
     backbone, device = backbone_config(dim, **changes), torch.device("cpu")
-    arguments = (backbone, MARGIN, compat(settings), training, ClassifierConfig(), "digest", SEED, device, images_of)
+    arguments = (backbone, MARGIN, compat(settings), training, classifier, "digest", SEED, device, images_of)
     return Trainer("v2", TABLE, generations, *arguments)
 
 
@@ -139,6 +152,13 @@ class PlainParent:
         """Of the rows that have images."""
         unit = F.normalize(self.features(pool()))
         return {row: unit[row == POOL_ROWS].mean(dim=0) for row in sorted(set(POOL_ROWS.tolist()))}
+
+    def live(self) -> Tensor:
+        """Where the moving prototypes of all rows start: class means of length 1, 0 without images."""
+        weight = torch.zeros(len(TABLE), self.weight.shape[1], dtype=torch.float64)
+        for row, mean in self.means().items():
+            weight[row] = F.normalize(mean, dim=0)
+        return weight
 
     def synthesised(self, confidence: float) -> tuple[Tensor, dict[int, int]]:
         """Prototypes with those of unknown identities behind them, and the column of each row of the new table."""
@@ -168,6 +188,9 @@ def plain_losses(
     if method.method == "bct-sys":
         weight, column_of = parent.synthesised(method.confidence)
         columns = torch.tensor([column_of.get(row, -1) for row in labels.tolist()])
+    elif method.method == "live":
+        weight, columns = parent.live(), labels
+        margin = margin if margin.normalised else MarginConfig(name="norm_softmax", scale=MARGIN.scale)
     elif method.prototypes == "means":
         means = parent.means()
         weight, columns = (

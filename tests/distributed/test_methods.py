@@ -127,7 +127,8 @@ def interrupted(rank: int, world_size: int, home: Path) -> list[list[bool]]:
     use_plain_backbones()
     parts = batch_parts(BATCH, world_size)
     mine, out = slice(sum(parts[:rank]), sum(parts[: rank + 1])), []
-    for settings in ({"method": "bct-sys"}, {"method": "bct-kd"}, {"method": "bct", "prototypes": "means"}):
+    means = {"method": "bct", "prototypes": "means"}
+    for settings in ({"method": "bct-sys"}, {"method": "bct-kd"}, means, {"method": "live"}):
         folder = home / f"checkpoints-{settings['method']}"  # one a case: a run has its own
         whole, before, after = (make_trainer(home, settings, ["v1", "v0"], 8) for _ in range(3))
         images, labels = zip(*((part[mine] for part in drawn(step)) for step in range(STEPS)), strict=True)
@@ -139,13 +140,14 @@ def interrupted(rank: int, world_size: int, home: Path) -> list[list[bool]]:
         got, state = after.engine.state(), whole.engine.state()
         same = [torch.equal(one, two) for one, two in zip(told, wanted, strict=True)]
         same += [torch.equal(got[name], value) for name, value in state.items()]
-        out.append([*same, torch.equal(after.classifier.weight_CD, whole.classifier.weight_CD)])
+        heads = zip(after.classifier.heads, whole.classifier.heads, strict=True)
+        out.append([*same, *(torch.equal(one.weight_CD, two.weight_CD) for one, two in heads)])
     return out
 
 
 def test_interrupted_equals_uninterrupted(two: list[dict[str, Any]]) -> None:
     for result in two:
-        assert [all(same) for same in result["same"]] == [True] * 3
+        assert [all(same) for same in result["same"]] == [True] * 4
         assert all(len(same) > STEPS + 4 for same in result["same"]), "weights and their optimiser's state"
 
 

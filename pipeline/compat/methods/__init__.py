@@ -16,6 +16,7 @@ from pipeline.compat.methods.bct import Bct, BctKd, BctSys
 from pipeline.compat.methods.bt2 import Bt2
 from pipeline.compat.methods.fct import Fct
 from pipeline.compat.methods.lce import Lce
+from pipeline.compat.methods.live import Live
 from pipeline.compat.methods.mixbct import MixBct
 from pipeline.compat.methods.ract import Nccl, Ract
 from pipeline.compat.methods.unibct import UniBct
@@ -39,6 +40,7 @@ CLASSES: tuple[type[Method], ...] = (
     AffineAdapter,
     OrthogonalAdapter,
     Fct,
+    Live,
 )
 METHODS: dict[str, type[Method]] = {one.model_fields["method"].default: one for one in CLASSES}
 
