@@ -7,8 +7,9 @@ Dataset", CVPRW 2017, for templates and media; this order of pooling is that of 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ import pyarrow.compute as pc
 
 from pipeline.data.protocols import GALLERY, QUERY, Protocol
 from pipeline.errors import DataError
-from pipeline.evaluation.exact import Integers
+from pipeline.evaluation.compatibility import Embeddings
+from pipeline.evaluation.exact import Integers, Rows
 from pipeline.evaluation.metrics import Float32, Int64
 
 CHUNK_IMAGES = 8192  # 32 MiB of float64 at D = 512
@@ -78,6 +80,53 @@ def pool(
             )
         pooled_TD[chunk] = sum_tD / norm_t[:, None]
     return template_R[first_T].astype(np.int64), pooled_TD
+
+
+def enrol_templates(embeddings: Embeddings, groups: int, seed: int) -> list[Embeddings]:
+    """The test images with a template for each identity in the gallery, as IJB-C's galleries have.
+
+    The groups (cameras, typefaces) are put in the order of a hash of (seed, group), and cut into folds of so many; each
+    fold is enrolled once, and all images of the other groups are queries. A template is pooled from the unit embeddings
+    of an identity's images in the fold, each a medium of its own.
+
+    Args:
+        embeddings: of single images.
+        groups: of a fold.
+        seed: of their order.
+
+    Returns:
+        For each fold the queries, in order, then the templates, whose group is -1.
+
+    Raises:
+        DataError: there are not more groups than are to be enrolled.
+    """
+    found = np.unique(embeddings.group_N).tolist()
+    if not 0 < groups < len(found):
+        raise DataError(f"templates of {groups} groups leave no query: the test images have {len(found)} groups")
+    order = sorted(found, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
+    folds = [order[first : first + groups] for first in range(0, len(order) - groups + 1, groups)]
+    return [_enrolled(embeddings, np.isin(embeddings.group_N, fold)) for fold in folds]
+
+
+def _enrolled(embeddings: Embeddings, enrolled_N: npt.NDArray[np.bool_]) -> Embeddings:
+    """Templates of the enrolled images, behind the others."""
+    image_R = np.flatnonzero(enrolled_N)
+    identity_R, media_R = embeddings.identity_N[image_R], np.arange(len(image_R))
+
+    def pooled(vectors_ND: Float32) -> Float32:
+        unit_ND = Rows.of(vectors_ND, "embedding").unit().astype(np.float32)
+        return np.concatenate([vectors_ND[~enrolled_N], pool(unit_ND, image_R, identity_R, media_R)[1]])
+
+    template_T = np.unique(identity_R)
+    queries = int((~enrolled_N).sum())
+    return replace(
+        embeddings,
+        vectors_ND=pooled(embeddings.vectors_ND),
+        identity_N=np.concatenate([embeddings.identity_N[~enrolled_N], template_T]),
+        group_N=np.concatenate([embeddings.group_N[~enrolled_N], np.full(len(template_T), -1)]),
+        is_gallery_N=np.arange(queries + len(template_T)) >= queries,
+        mapped={name: replace(one, vectors_ND=pooled(one.vectors_ND)) for name, one in embeddings.mapped.items()},
+    )
 
 
 def _whole_templates(first_T: Int64, images: int, chunk_images: int) -> Iterator[tuple[slice, slice]]:

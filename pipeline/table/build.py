@@ -42,12 +42,12 @@ def build(grid: Grid, markdown: Path, figures: Path, title: str, partial: bool =
     told = {
         "code": code_version(),
         "generations": {name: one.digest for name, one in generations.items()},
-        "tables": [table_json(grid, table, measured[_split(table)]) for table in grid.tables],
+        "tables": [table_json(grid, table, measured[_images(table)]) for table in grid.tables],
     }
     write_json(figures, told)
-    parts = [title, *(table_markdown(grid, table, measured[_split(table)]) for table in grid.tables)]
+    parts = [title, *(table_markdown(grid, table, measured[_images(table)]) for table in grid.tables)]
     write_atomically(markdown, "\n".join(parts).encode())
-    _log(registry, measured["test"])
+    _log(registry, measured.get(("test", 0), {}))
     return told
 
 
@@ -68,16 +68,20 @@ def _sealed(grid: Grid, registry: Registry) -> dict[str, Generation]:
     return {name: generation for name, generation in found.items() if generation is not None}
 
 
-def _split(table: Table) -> Split:
-    return "validation" if table.split == "validation" else "test"
+def _images(table: Table) -> tuple[Split, int]:
+    """What a table is measured on: the split, and the groups of a template."""
+    return "validation" if table.split == "validation" else "test", table.templates
 
 
-def _measure(grid: Grid, generations: dict[str, Generation]) -> dict[Split, dict[tuple[str, str], Figures]]:
-    needed: dict[Split, list[tuple[str, str]]] = {"validation": [], "test": []}
+def _measure(grid: Grid, generations: dict[str, Generation]) -> dict[tuple[Split, int], dict[tuple[str, str], Figures]]:
+    needed: dict[tuple[Split, int], list[tuple[str, str]]] = {}
     for table in grid.tables:
         pairs = [pair for row in table.rows for pair in pairs_of(grid, row)]
-        needed[_split(table)] += [pair for pair in pairs if generations.keys() >= set(pair)]
-    return {split: measure_pairs(grid, generations, pairs, split) if pairs else {} for split, pairs in needed.items()}
+        needed.setdefault(_images(table), []).extend(pair for pair in pairs if generations.keys() >= set(pair))
+    return {
+        (split, templates): measure_pairs(grid, generations, pairs, split, templates) if pairs else {}
+        for (split, templates), pairs in needed.items()
+    }
 
 
 def _log(registry: Registry, measured: dict[tuple[str, str], Figures]) -> None:

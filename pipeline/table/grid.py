@@ -29,6 +29,11 @@ class Table(Config):
     title: str
     text: str = Field("", description="what stands above it")
     split: str = Field("test", pattern="^(test|validation)$", description="of the held-out images")
+    templates: int = Field(
+        0,
+        ge=0,
+        description="0: single images, 1:1 and 1:N; else 1:N alone, on templates of so many groups' images",
+    )
     rows: tuple[Row, ...] = Field(min_length=1)
 
 

@@ -13,8 +13,11 @@ from pipeline.assessment import EMBEDDINGS, Split, held_out
 from pipeline.console import bar
 from pipeline.data.manifest import Manifest
 from pipeline.evaluation.bootstrap import Estimate, difference, gain
+from pipeline.evaluation.compatibility import Embeddings
 from pipeline.evaluation.embedding import embed_all
 from pipeline.evaluation.measurement import measure
+from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.evaluation.templates import enrol_templates
 from pipeline.files import write_json
 from pipeline.generation import Generation
 from pipeline.schema import digest_json
@@ -68,7 +71,11 @@ def trios(grid: Grid, row: Row) -> list[Trio]:
 
 
 def measure_pairs(
-    grid: Grid, generations: Mapping[str, Generation], pairs: Sequence[tuple[str, str]], split: Split
+    grid: Grid,
+    generations: Mapping[str, Generation],
+    pairs: Sequence[tuple[str, str]],
+    split: Split,
+    templates: int = 0,
 ) -> dict[tuple[str, str], Figures]:
     """Measure what has not been measured, and read the rest.
 
@@ -77,7 +84,9 @@ def measure_pairs(
         generations: by name; all that `pairs` names.
         pairs: (query generation, gallery generation).
         split: of the held-out images.
+        templates: of a table.
     """
+    config = searched(grid.run.evaluation) if templates else grid.run.evaluation
     folder = held_out(grid.run, split)
     kept = grid.run.folder / "measured"
     manifest = Manifest.load(folder)
@@ -86,8 +95,8 @@ def measure_pairs(
         made_of = {
             "pair": [generations[name].digest for name in pair],
             "manifest": manifest.digest,
-            "evaluation": grid.run.evaluation.model_dump(mode="json"),
-        }
+            "evaluation": config.model_dump(mode="json"),
+        } | ({"folds": templates} if templates else {})
         return kept / split / f"{'--'.join(pair)}-{digest_json(made_of)[:16]}.json"
 
     wanted = list(dict.fromkeys(pairs))
@@ -103,11 +112,36 @@ def measure_pairs(
                     grid.run.evaluation.group,
                     cache=grid.run.folder / EMBEDDINGS,
                 )
-                measurements = measure(embedded, part, grid.run.evaluation)
+                figures = _measured(embedded, part, config, templates)
                 for pair in part:
-                    _write(path(pair), measurements[f"{pair[0]}/{pair[1]}"].metrics)
+                    _write(path(pair), figures[pair])
                 show(min(first + AT_ONCE, len(missing)), part[-1][0])
     return {pair: _read(path(pair)) for pair in wanted}
+
+
+def _measured(
+    embedded: Mapping[str, Embeddings], pairs: Sequence[tuple[str, str]], config: EvaluationConfig, templates: int
+) -> dict[tuple[str, str], Figures]:
+    """Measure pairs; with templates, the mean over the folds of groups that are enrolled."""
+    if not templates:
+        folds = [measure(embedded, pairs, config)]
+    else:
+        by_fold = {name: enrol_templates(one, templates, config.seed) for name, one in embedded.items()}
+        count = len(next(iter(by_fold.values())))
+        folds = [measure({name: of[fold] for name, of in by_fold.items()}, pairs, config) for fold in range(count)]
+    return {
+        (query, gallery): {
+            metric: _mean([fold.estimate(query, gallery, metric) for fold in folds]) for metric in config.metric_names
+        }
+        for query, gallery in pairs
+    }
+
+
+def searched(config: EvaluationConfig) -> EvaluationConfig:
+    """The figures of a search alone."""
+    left = config.model_copy(update={"far": ()})
+    judged = tuple(name for name in config.criterion_on if name in left.metric_names)
+    return left.model_copy(update={"criterion_on": judged})
 
 
 def measured_trios(grid: Grid, row: Row, measured: Mapping[tuple[str, str], Figures]) -> list[Trio]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.evaluation.bootstrap import Estimate
+from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.table.grid import Grid, Table
-from pipeline.table.measuring import Figures, Judged, judge, measured_trios
+from pipeline.table.measuring import Figures, Judged, judge, measured_trios, searched
 
 HEADER = (
     "| new model | metric | old/old | new/old | difference | criterion | new/new | less paragon | update gain | paper |"
@@ -25,7 +26,7 @@ def table_markdown(grid: Grid, table: Table, measured: Mapping[tuple[str, str], 
         if not (seeds := len(measured_trios(grid, row, measured))):
             lines.append(f"| {row.label} | not trained yet | | | | | | | | {row.paper} |")
             continue
-        for number, metric in enumerate(grid.run.evaluation.judged):
+        for number, metric in enumerate(_config(grid, table).judged):
             one = judge(grid, row, measured, metric)
             label = "" if number else row.label + (f" ({seeds} seeds)" if seeds > 1 else "")
             lines.append("| " + " | ".join((label, metric, *_cells(one), "" if number else row.paper)) + " |")
@@ -68,7 +69,7 @@ def table_json(grid: Grid, table: Table, measured: Mapping[tuple[str, str], Figu
         if not (seeds := len(measured_trios(grid, row, measured))):
             continue
         metrics = {}
-        for metric in grid.run.evaluation.metric_names:
+        for metric in _config(grid, table).metric_names:
             one = judge(grid, row, measured, metric)
             named = {
                 "old/old": one.old,
@@ -81,4 +82,8 @@ def table_json(grid: Grid, table: Table, measured: Mapping[tuple[str, str], Figu
             }
             metrics[metric] = {name: None if part is None else part.to_json() for name, part in named.items()}
         rows.append({"label": row.label, "new": row.new, "old": row.old, "seeds": seeds, "metrics": metrics})
-    return {"title": table.title, "split": table.split, "rows": rows}
+    return {"title": table.title, "split": table.split, "templates": table.templates, "rows": rows}
+
+
+def _config(grid: Grid, table: Table) -> EvaluationConfig:
+    return searched(grid.run.evaluation) if table.templates else grid.run.evaluation

@@ -27,7 +27,7 @@ def miniature(home: Path) -> dict[str, Any]:
     tree["defaults"]["backbone"] |= {"width": 8, "embedding_dim": 16}
     tree["cells"]["bt2"]["backbone"] = {"embedding_dim": 20}
     rows = [{"label": name, "new": name} for name in CELLS[2:]]
-    tree["tables"] = [{"title": "In miniature", "rows": rows}]
+    tree["tables"] = [{"title": "In miniature", "rows": rows}, {"title": "Templates", "templates": 1, "rows": rows}]
     return tree
 
 

@@ -109,6 +109,17 @@ def test_what_is_written_tells_the_verdict(tmp_path: Path, measured: dict[tuple[
     assert "| fails |" in table_markdown(grid, grid.tables[0], worse)
 
 
+def test_a_table_of_templates_tells_of_searches_alone(tmp_path: Path, measured: dict[tuple[str, str], Figures]) -> None:
+    grid = small_grid(tmp_path)
+    table = grid.tables[0].model_copy(update={"templates": 2})
+    assert "tar@1e-2" in table_json(grid, grid.tables[0], measured)["rows"][0]["metrics"]
+    text, told = table_markdown(grid, table, measured), table_json(grid, table, measured)
+    assert "| ours (3 seeds) | rank1 |" in text
+    assert "tar@" not in text
+    assert told["templates"] == 2
+    assert not any(name.startswith("tar@") for name in told["rows"][0]["metrics"])
+
+
 def test_what_is_not_trained_yet_is_left_out_and_said(tmp_path: Path, measured: dict[tuple[str, str], Figures]) -> None:
     grid = small_grid(tmp_path)
     part = {pair: one for pair, one in measured.items() if "v2-s2" not in pair}

@@ -9,7 +9,9 @@ import pytest
 
 from pipeline.data.protocols import SCHEMAS, Protocol
 from pipeline.errors import DataError
-from pipeline.evaluation.templates import listed_pairs, pool, pool_templates, searches
+from pipeline.evaluation.compatibility import Mapped
+from pipeline.evaluation.templates import enrol_templates, listed_pairs, pool, pool_templates, searches
+from tests.unit.embeddings import GROUP, GROUPS, IDENTITIES, IDENTITY, embed
 
 Array = npt.NDArray[Any]
 
@@ -124,3 +126,37 @@ def test_what_the_protocol_lacks_is_told() -> None:
     pairs = table("pairs", ("a", "b", True))
     with pytest.raises(DataError, match="protocol has no templates"):
         pool_templates(VECTORS, KEYS, Protocol(pairs=pairs))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_each_fold_of_groups_becomes_templates_of_unit_means_once(groups: int) -> None:
+    image = embed("v1", 0.3)
+    image = embed("v1", 0.3, mapped={"v0": Mapped("query", image.vectors_ND[:, ::-1].copy())})
+    folds, enrolled = enrol_templates(image, groups, seed=3), []
+    assert len(folds) == GROUPS // groups
+    for found in folds:
+        queries = ~found.is_gallery_N
+        assert found.is_gallery_N.tolist() == sorted(found.is_gallery_N.tolist()), "templates come last"
+        asked = set(found.group_N[queries].tolist())
+        enrolled += sorted(set(range(GROUPS)) - asked)
+        rest = np.isin(GROUP, sorted(asked))
+        np.testing.assert_array_equal(found.vectors_ND[queries], image.vectors_ND[rest])
+        np.testing.assert_array_equal(found.identity_N[queries], IDENTITY[rest])
+        assert found.identity_N[~queries].tolist() == list(range(IDENTITIES))
+        assert set(found.group_N[~queries].tolist()) == {-1}
+        turned = found.mapped["v0"].vectors_ND
+        for vectors, whole in ((found.vectors_ND, image.vectors_ND), (turned, image.vectors_ND[:, ::-1])):
+            unit = whole.astype(np.float64) / np.linalg.norm(whole.astype(np.float64), axis=1, keepdims=True)
+            means = np.stack([unit[(row == IDENTITY) & ~rest].mean(axis=0) for row in range(IDENTITIES)])
+            wanted = means / np.linalg.norm(means, axis=1, keepdims=True)
+            np.testing.assert_allclose(vectors[~queries], wanted, atol=1e-6)
+    assert len(enrolled) == len(set(enrolled)) == groups * len(folds)
+
+
+def test_folds_are_drawn_by_the_seed_and_leave_queries() -> None:
+    image = embed("v1", 0.3)
+    drawn = {frozenset(enrol_templates(image, 2, seed)[0].group_N.tolist()) for seed in range(8)}
+    assert len(drawn) > 1
+    for groups in (0, GROUPS):
+        with pytest.raises(DataError, match=f"templates of {groups} groups leave no query: .* 5 groups"):
+            enrol_templates(image, groups, 0)
