@@ -3,6 +3,7 @@
 python jobs/benchmark.py classifier --classes 1000000 --json FILE    a training step of the classifier
 python jobs/benchmark.py loader --augment full --json FILE           images a second
 python jobs/benchmark.py evaluation --task search --json FILE        seconds of an evaluation, 1:1 or 1:N
+python jobs/benchmark.py embed --backbone iresnet50 --json FILE      images a second of jobs/embed.py
 python jobs/benchmark.py plot --out FILE.png FILE.json ...           a picture of results
 """
 
@@ -24,6 +25,7 @@ Measure = Callable[[Any, Callable[[str], None]], dict[str, Any]]
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     from pipeline.benchmarks.classifier import ClassifierBenchmark, measure_classifier
+    from pipeline.benchmarks.embed import EmbedBenchmark, measure_embed
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
     from pipeline.benchmarks.loader import LoaderBenchmark, measure_loader
 
@@ -33,6 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("classifier", "a training step of the classifier", ClassifierBenchmark, measure_classifier),
         ("loader", "images a second", LoaderBenchmark, measure_loader),
         ("evaluation", "seconds of an evaluation", EvaluationBenchmark, measure_evaluation),
+        ("embed", "images a second of embedding", EmbedBenchmark, measure_embed),
     ):
         command = commands.add_parser(name, help=help_text)
         for key, field in model.model_fields.items():

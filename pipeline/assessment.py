@@ -21,6 +21,7 @@ from pipeline.evaluation.stored import evaluable, has_stored, stored_vectors
 from pipeline.files import write_atomically, write_json
 from pipeline.generation import Generation
 from pipeline.registry import Registry
+from pipeline.registry_evaluation import record_evaluation
 from pipeline.registry_store import tracking_location
 from pipeline.schema import digest_json
 
@@ -103,6 +104,8 @@ def evaluate(
         RegistryError: the store refuses.
     """
     if (told := kept(config, generations, split, folder)) is not None:
+        if split == "test":
+            record_again(config, registry, generations, told)
         return told
     say(f"evaluating on the {split} images")
     data = held_out(config, split)
@@ -111,8 +114,18 @@ def evaluate(
     prefix = "" if split == "test" else f"{split}/"
     for name in generations:
         registry.log_evaluation(name, {f"{prefix}{key}": value for key, value in figures_of(report, name)}, drawn)
+    if split == "test":
+        record_evaluation(registry, generations, report, Manifest.load(data).digest)
     write_json(folder / REPORT, report)
     return report
+
+
+def record_again(
+    config: RunConfig, registry: Registry, generations: dict[str, Generation], report: dict[str, Any]
+) -> None:
+    """Tell the registry the verdicts of a report that was kept, unless it knows them: a version may be a new one."""
+    data = Manifest.load(held_out(config, "test")).digest
+    record_evaluation(registry, generations, report, data, again=True)
 
 
 def kept(config: RunConfig, generations: dict[str, Generation], split: Split, folder: Path) -> dict[str, Any] | None:

@@ -27,6 +27,12 @@ class RegistryError(PipelineError):
     """The tracking server or the model registry does not hold what is needed."""
 
 
+class PromotionRefusedError(PipelineError):
+    """A generation may not serve: it failed gates, each of which was told on a line of its own."""
+
+    exit_code = 3
+
+
 class TrainingError(PipelineError):
     """A training run cannot go on: its loss is not a number, or its loader fails."""
 

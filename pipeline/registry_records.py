@@ -1,26 +1,28 @@
-"""What the registry writes and reads, one record a function: each may be repeated, so that a cut-off attempt is
-completed by running it again. Errors are MLflow's own; `Registry` turns them into one line.
+"""What the registry writes of runs and logged models, one record a function: each may be repeated, so that a cut-off
+attempt is completed by running it again. Errors are MLflow's own; `Registry` turns them into one line.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 # First of all: it sets the environment that MLflow reads when it is imported.
-from pipeline.registry_store import first_line, metric_key  # isort: split
+from pipeline.registry_store import artefact_errors, metric_key, redacted, unless_there  # isort: split
 
 from mlflow import MlflowClient, entities
-from mlflow.entities.model_registry import ModelVersion
 
-from pipeline.errors import GenerationError, RegistryError
+from pipeline.errors import RegistryError
 from pipeline.generation import RECORD, Generation
+from pipeline.registry_pyfunc import mlmodel
+from pipeline.registry_versions import CONFIG_DIGEST, RegisteredGeneration
+from pipeline.stamp import Stamp
 
-CONFIG_DIGEST = "config_digest"
 _PARAMS_PER_BATCH = 100
 _MAX_PARAM = 6000  # characters
 _MAX_DATASET_DIGEST = 36  # characters; the whole digest is in the profile and in the run's tag `data_digest`
@@ -45,32 +47,6 @@ class DatasetInput:
     samples: int
     identities: int
     profile: str = "{}"
-
-
-@dataclass(frozen=True)
-class RegisteredGeneration:
-    """A generation as the registry knows it: a version of the family's registered model."""
-
-    name: str
-    version: str
-    digest: str
-    model_id: str
-    path: Path
-    run_id: str
-
-    def open(self) -> Generation:
-        """Load the artefact's record.
-
-        Raises:
-            GenerationError: there is no artefact at the recorded path, or it is not the one that was registered.
-        """
-        generation = Generation(self.path)
-        if generation.digest != self.digest:
-            raise GenerationError(
-                f"generation {self.name!r} at {self.path} is not the one registered as version {self.version} (digest "
-                f"{generation.digest[:12]}, registered {self.digest[:12]}): restore it, or train under a new name"
-            )
-        return generation
 
 
 def unfinished_run(client: MlflowClient, experiment_id: str, generation: str, config_digest: str) -> str | None:
@@ -136,7 +112,7 @@ def log_model(
     model = next(iter(client.search_logged_models([experiment_id], wanted)), None) or client.create_logged_model(
         experiment_id, re.sub(r"[^\w-]", "-", record.name), run_id, tags, model_type="generation"
     )
-    _upload(client, model.model_id, generation)
+    _upload(client, model, run_id, generation)
     if model.status != entities.LoggedModelStatus.READY:
         client.finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
     outputs = client.get_run(run_id).outputs
@@ -149,91 +125,33 @@ def log_model(
     return str(model.model_id)
 
 
-def _upload(client: MlflowClient, model_id: str, generation: Generation) -> None:
-    """Copy the files that are not there whole; the record last."""
-    try:
-        there = {entry.path: entry.file_size for entry in client.list_logged_model_artifacts(model_id)}
-        for name in (*generation.record.files, RECORD):
-            path = generation.path / name
-            if there.get(name) != path.stat().st_size:
-                client.log_model_artifact(model_id, str(path))
-    except Exception as error:  # noqa: BLE001  an artefact store raises whatever its own client does
+def _upload(client: MlflowClient, model: entities.LoggedModel, run_id: str, generation: Generation) -> None:
+    """Copy the files that are not there whole, the record after the others; last, what makes it a pyfunc model."""
+    copying = f"copying generation {generation.record.name!r} from {generation.path} to MLflow's artefacts"
+    with artefact_errors(copying, "register"), tempfile.TemporaryDirectory() as folder:
+        files = [generation.path / name for name in (*generation.record.files, RECORD)]
+        if generation.record.backbone is not None:  # of embeddings alone nothing can be loaded
+            files.append(Path(folder) / "MLmodel")
+            mlmodel(model.model_id, run_id, model.creation_timestamp, Stamp.of(generation)).save(files[-1])
+        there = {entry.path: entry.file_size for entry in client.list_logged_model_artifacts(model.model_id)}
+        for path in files:
+            if there.get(path.name) != path.stat().st_size:
+                client.log_model_artifact(model.model_id, str(path))
+
+
+def ensure_experiment(client: MlflowClient, uri: str, family: str, artifact_root: Path | None) -> str:
+    """The id of the family's experiment, which is made if it is missing.
+
+    Raises:
+        RegistryError: it was deleted.
+    """
+    location = (artifact_root / family).resolve().as_uri() if artifact_root else None
+    unless_there(lambda: client.create_experiment(family, artifact_location=location))
+    experiment = client.get_experiment_by_name(family)
+    assert experiment is not None
+    if experiment.lifecycle_stage != "active":
         raise RegistryError(
-            f"copying generation {generation.record.name!r} from {generation.path} to MLflow's artefacts failed "
-            f"({first_line(error)}): mend that and register again"
-        ) from None
-
-
-def create_version(
-    client: MlflowClient,
-    run_id: str,
-    model_id: str,
-    generation: Generation,
-    parents: Sequence[RegisteredGeneration],
-) -> RegisteredGeneration:
-    """Make the logged model a version of the family's registered model, with all tags from the start."""
-    record = generation.record
-    dim, model = record.embedding_dim, record.backbone.name if record.backbone else "embeddings only"
-    lineage = f"compatible with {', '.join(record.parents)}" if record.parents else "no parent"
-    version = client.create_model_version(
-        record.family,
-        # Not `models:/ID`: the sqlite store would look that up at MLflow's process-wide URI.
-        client.get_logged_model(model_id).artifact_location,
-        run_id,
-        tags={
-            "generation": record.name,
-            "digest": generation.digest,
-            "path": str(generation.path.resolve()),
-            "parents": parents_json(parents),
-            CONFIG_DIGEST: record.config_digest,
-            "data_digest": record.data_digest,
-            "identities": str(record.identities),
-            "dim": str(dim),
-            "model_id": model_id,
-        }
-        | ({} if record.backbone else {"imported": "true"}),
-        description=f"{record.name}: {model}, {dim} dimensions, {record.identities} identities, {lineage}",
-        await_creation_for=0,
-        model_id=model_id,
-    )
-    # The UI's link from the model to its version: a server sets it, the client of a database does not.
-    link = json.dumps([{"name": record.family, "version": int(version.version)}])
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
-    return read_version(version)
-
-
-def read_versions(client: MlflowClient, family: str) -> list[RegisteredGeneration]:
-    """All versions that are generations, oldest first."""
-    found: list[ModelVersion] = []
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(f"name = '{family}'", 1000, page_token=token)
-        found.extend(page)
-        token = page.token
-        if not token:
-            break
-    ours = (version for version in found if "generation" in version.tags)  # others are none of our business
-    return [read_version(version) for version in sorted(ours, key=lambda version: int(version.version))]
-
-
-def read_version(version: ModelVersion) -> RegisteredGeneration:
-    """A version that `create_version` made."""
-    tags = version.tags
-    return RegisteredGeneration(
-        name=tags["generation"],
-        version=str(version.version),
-        digest=tags["digest"],
-        model_id=tags["model_id"],
-        path=Path(tags["path"]),
-        run_id=str(version.run_id),
-    )
-
-
-def parents_json(parents: Sequence[RegisteredGeneration]) -> str:
-    """The tag `parents`: of each parent, by name, the digest, the model id and the version."""
-    return json.dumps(
-        {
-            parent.name: {"digest": parent.digest, "model_id": parent.model_id, "version": parent.version}
-            for parent in parents
-        }
-    )
+            f"experiment {family!r} of {redacted(uri)} was deleted: restore it in MLflow "
+            f"(mlflow experiments restore -x {experiment.experiment_id}), or name another family"
+        )
+    return str(experiment.experiment_id)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import ssl
 import urllib.error
 import urllib.request
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,7 @@ for _name, _value in _ENVIRONMENT.items():
 
 PROBE_SECONDS = 5.0
 _REMOTE = ("http://", "https://")
+_NAME = re.compile(r"\w[\w.-]*")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -109,7 +112,43 @@ def connect(uri: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
-    return MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    return MlflowClient(uri, registry_uri(uri))
+
+
+def registry_uri(uri: str) -> str:
+    """Where the registered models are: with the runs, unless MLFLOW_REGISTRY_URI says otherwise."""
+    return os.environ.get("MLFLOW_REGISTRY_URI") or uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite store; None: it is another one."""
+    return Path(uri.removeprefix("sqlite:///").split("?", 1)[0]) if uri.startswith("sqlite:///") else None
+
+
+def unless_there(create: Callable[[], object]) -> None:
+    """Create, unless somebody was quicker."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+@contextmanager
+def artefact_errors(doing: str, again: str) -> Iterator[None]:
+    """Turn what an artefact store raises, whatever its own client does, into one line."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        raise RegistryError(f"{doing} failed ({first_line(error)}): mend that and {again} again") from None
+
+
+def check_name(what: str, name: str) -> None:
+    """Names stand in MLflow's filters and paths."""
+    if not _NAME.fullmatch(name):
+        raise RegistryError(f"{what} {name!r} cannot be registered: use letters, digits, '.', '_' and '-' only")
 
 
 def check_answers(uri: str) -> None:
@@ -121,8 +160,7 @@ def check_answers(uri: str) -> None:
     try:
         if uri.startswith(_REMOTE):
             _probe_server(uri)
-        elif uri.startswith("sqlite:///"):
-            path = Path(uri.removeprefix("sqlite:///").split("?", 1)[0])
+        elif (path := sqlite_file(uri)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(path, timeout=20)) as database:
                 database.execute("PRAGMA schema_version").fetchone()
@@ -143,3 +181,12 @@ def _probe_server(uri: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # MLFLOW_TRACKING_INSECURE_TLS may allow what we do not
             raise
+
+
+def ui_command(uri: str, experiment_id: str) -> str:
+    """The shell command that opens the UI on a database, or the address of the server's UI."""
+    if uri.startswith("http"):
+        return f"{uri}/#/experiments/{experiment_id}"
+    if redacted(uri) != uri:  # a password is not to be printed
+        return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI" --port 5000'
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"

@@ -136,6 +136,7 @@ def evaluate(config: RunConfig, registry: Registry, generations: dict[str, Gener
     if config.data.test is None:
         return {"generations": list(generations), "criterion_on": [], **{section: {} for section in SECTIONS}}
     if (told := assessment.kept(config, generations, "test", config.folder)) is not None:
+        assessment.record_again(config, registry, generations, told)
         return told
     report = assessment.evaluate(config, registry, generations, "test", config.folder)
     compatible = [name for name in generations if _fits_its_parents(name, generations[name], report)]

@@ -7,7 +7,8 @@ from typing import Any
 
 def as_text(result: dict[str, Any]) -> str:
     """What a person wants to know of a result."""
-    return {"classifier": _classifier, "loader": _loader, "evaluation": _evaluation}[result["benchmark"]](result)
+    ways = {"classifier": _classifier, "loader": _loader, "evaluation": _evaluation, "embed": _embed}
+    return ways[result["benchmark"]](result)
 
 
 def _classifier(result: dict[str, Any]) -> str:
@@ -38,6 +39,13 @@ def _loader(result: dict[str, Any]) -> str:
         f"of DALI's decoding alone {result['ratio_decode']:.2f}, of its reader {result['ratio_reader']:.2f}; "
         f"{result['ratio_pil']:.2f} times WebDataset with Pillow"
     )
+    return "\n".join(lines)
+
+
+def _embed(result: dict[str, Any]) -> str:
+    lines = [f"{'':<16}{'images/s':>10}"]
+    lines += [f"{way:<16}{speed:>10,.0f}" for way, speed in result["images_per_s"].items()]
+    lines.append(f"embedding runs at {result['ratio_forward']:.3f} of the model's forward alone")
     return "\n".join(lines)
 
 

@@ -35,30 +35,6 @@ DATASET = DatasetInput("glyphs", "/data/glyphs", DIGEST, samples=480, identities
 TAGS = {"config_digest": "c" * 64, "code_version": "test"}
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One empty database at the current schema: making it runs every migration of MLflow's history."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    Registry(f"sqlite:///{path}", "unused")
-    return path
-
-
-@pytest.fixture
-def uri(migrated: Path, tmp_path: Path) -> str:
-    shutil.copy(migrated, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def registry(uri: str, tmp_path: Path) -> Registry:
-    return Registry(uri, "glyphs", tmp_path / "artifacts")
-
-
-@pytest.fixture
-def client(uri: str) -> MlflowClient:
-    return MlflowClient(uri, uri)
-
-
 def make_generation(
     folder: Path, name: str, parents: dict[str, str] | None = None, family: str = "glyphs", seed: int = 0
 ) -> Generation:
@@ -310,7 +286,9 @@ def test_register_makes_a_model_with_its_files_and_a_version_with_its_lineage(
     assert version.tags["data_digest"] == DIGEST
     assert (version.tags["identities"], version.tags["dim"]) == ("6", "8")
     assert version.run_id == run_id
-    assert version.description == "v2.1: small, 8 dimensions, 6 identities, compatible with v1"
+    assert version.description is not None
+    assert version.description.startswith("# v2.1 of glyphs")
+    assert "**v1**: not judged yet" in version.description
 
     run = client.get_run(run_id)
     assert json.loads(run.data.tags["parents"]) == lineage
@@ -326,7 +304,7 @@ def test_register_makes_a_model_with_its_files_and_a_version_with_its_lineage(
     assert {metric.key: metric.value for metric in model.metrics or ()} == run.data.metrics
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "glyphs", "version": 2}]
     copied = {Path(entry.path).name for entry in client.list_logged_model_artifacts(second.model_id)}
-    assert copied == {path.name for path in generation.path.iterdir()}
+    assert copied == {path.name for path in generation.path.iterdir()} | {"MLmodel"}
     assert version.source == model.artifact_location
     assert list(registry.versions()) == ["v1", "v2.1"]
 
@@ -354,7 +332,7 @@ def test_the_alias_moves_only_when_asked(registry: Registry, client: MlflowClien
     assert client.get_model_version_by_alias("glyphs", "candidate").tags["generation"] == "v3"
 
 
-@pytest.mark.parametrize("reached", ["model", "half a file", "files", "outputs", "metrics"])
+@pytest.mark.parametrize("reached", ["model", "half a file", "files", "half of MLmodel", "outputs", "metrics"])
 def test_a_cut_off_registration_is_completed(
     registry: Registry, client: MlflowClient, tmp_path: Path, reached: str
 ) -> None:
@@ -373,8 +351,12 @@ def test_a_cut_off_registration_is_completed(
             half.parent.mkdir()
             half.write_bytes((generation.path / half.name).read_bytes()[:1000])
             client.log_model_artifact(model.model_id, str(half))
-        if reached in ("files", "outputs"):
+        if reached in ("files", "half of MLmodel", "outputs"):
             client.log_model_artifacts(model.model_id, str(generation.path))
+        if reached == "half of MLmodel":
+            half = tmp_path / "MLmodel"
+            half.write_text("flavors:\n")
+            client.log_model_artifact(model.model_id, str(half))
         if reached == "outputs":
             client.finalize_logged_model(model.model_id, "READY")
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 30)])
@@ -387,8 +369,40 @@ def test_a_cut_off_registration_is_completed(
     copy = Path(model.artifact_location.removeprefix("file://"))
     for path in generation.path.iterdir():
         assert (copy / path.name).read_bytes() == path.read_bytes()
+    assert "pipeline.registry_pyfunc" in (copy / "MLmodel").read_text()
     assert len(outputs(client, run_id)) == 1
     assert [metric.value for metric in client.get_metric_history(run_id, "rank1")] == [0.5]
+
+
+def test_a_name_that_is_registered_with_another_config_is_refused_before_training(
+    registry: Registry, client: MlflowClient, tmp_path: Path
+) -> None:
+    first = train(registry, tmp_path, "v1")
+    with pytest.raises(RegistryError, match=r"'v1' is registered in .* as version 1, made with another config"):
+        registry.start_run("v1", {}, TAGS | {"config_digest": "e" * 64}, DATASET)
+    assert len(client.search_runs([client.get_run(first.run_id).info.experiment_id])) == 1
+    assert start(registry, "v1") == first.run_id  # the same config; the run did not end
+
+
+def test_a_version_deleted_by_hand_is_told_and_can_be_registered_again(
+    registry: Registry, client: MlflowClient, tmp_path: Path
+) -> None:
+    first = train(registry, tmp_path, "v1")
+    client.delete_model_version("glyphs", "1")
+    with pytest.raises(RegistryError, match=rf"parent 'v1' is not .* its model {first.model_id} is there: its version"):
+        registry.get("v1")
+    again = registry.register(first.run_id, Generation(first.path), {"rank1": 0.5})
+    assert (again.version, again.model_id) == ("2", first.model_id)
+    assert registry.get("v1") == again
+
+
+def test_forgotten_names_were_never_there(registry: Registry, client: MlflowClient, tmp_path: Path) -> None:
+    train(registry, tmp_path, "v1")
+    registry.forget()
+    with pytest.raises(RegistryError, match=r"'v1' is not registered in family 'glyphs' of .*; train it first"):
+        registry.get("v1")
+    assert client.get_registered_model("glyphs").latest_versions == []
+    assert train(registry, tmp_path / "again", "v1").version == "1"
 
 
 def test_parents_must_be_registered_and_the_same(registry: Registry, client: MlflowClient, tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""A gallery of one or several generations behind one query.
+
+A query of a generation may search the vectors of another one only if a verdict allows it (`stamp.Verdicts`). Its score
+with an item is their cosine in the item's own dimension: a query of more dimensions is compared by its leading values,
+renormalised (Shen et al. 2020, section 3.4). Scores of all generations are put in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.errors import DataError
+from pipeline.evaluation.exact import Rows, blocks
+from pipeline.hits import Hits
+from pipeline.search_index import IndexConfig, Segment
+from pipeline.search_store import GalleryFolder, GalleryRecord
+from pipeline.stamp import Stamp, Verdicts
+from pipeline.vectors import Vectors
+
+QUERIES = 1 << 12  # searched at a time
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Vectors that queries search. It never changes: `with_part` and `load` give another one.
+
+    Attributes:
+        segments: oldest first; every key is live in exactly one of them.
+        config: how parts are indexed.
+    """
+
+    segments: tuple[Segment, ...]
+    config: IndexConfig
+
+    @classmethod
+    def of(cls, vectors: Sequence[Vectors], config: IndexConfig | None = None) -> Self:
+        """Index vectors, those of a generation together.
+
+        Raises:
+            DataError: a key comes in two of them; a vector is not finite, or zero.
+        """
+        config = config or IndexConfig()
+        counts = pa.concat_arrays([one.keys for one in vectors]).value_counts()
+        if (twice := counts.field("counts").to_numpy() > 1).any():
+            key = counts.field("values")[int(np.argmax(twice))].as_py()
+            raise DataError(f"key {key!r} comes in two of the vector files: a gallery holds one vector a key")
+        by_stamp: dict[Stamp, list[Vectors]] = {}
+        for one in vectors:
+            by_stamp.setdefault(one.stamp, []).append(one)
+        return cls(tuple(Segment.of(_together(parts), config) for parts in by_stamp.values()), config)
+
+    @classmethod
+    def folded(cls, parts: Iterable[Segment], config: IndexConfig) -> Self:
+        """Of parts in order: a key belongs to the last part that has it."""
+        gallery = cls((), config)
+        for part in parts:
+            gallery = gallery.with_part(part)
+        return gallery
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read a gallery that `save` wrote, as it is now; a backfill may be going on.
+
+        Raises:
+            DataError: there is none, or a file is missing, cut or changed.
+        """
+        place = GalleryFolder(folder)
+        record = place.read()
+        while True:
+            try:
+                return cls.folded((place.segment(part, record.index) for part in record.parts), record.index)
+            except DataError:
+                # A part may be gone because the gallery went on without it since its record was read.
+                if (newer := place.read()) == record:
+                    raise
+                record = newer
+
+    def save(self, folder: Path) -> None:
+        """Write the gallery to a folder that has none; it is there whole or not at all.
+
+        Raises:
+            DataError: the folder has one, or another process writes one.
+        """
+        place = GalleryFolder(folder)
+        with place.locked(new=True):
+            if place.record_file.exists():
+                raise DataError(f"{folder} holds a gallery already; choose another folder, or delete this one")
+            parts = tuple(place.write(segment) for segment in self.joined().segments)
+            place.commit(GalleryRecord(index=self.config, parts=parts))
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        return sum(segment.live for segment in self.segments)
+
+    def keys(self) -> pa.Array:
+        """(N,) large strings, all keys, segment by segment."""
+        return self._column("keys")
+
+    def identities(self) -> pa.Array:
+        """(N,) large strings, the identity of each key, empty where it is not known."""
+        return self._column("identities")
+
+    def _column(self, name: str) -> pa.Array:
+        parts = [getattr(one, name).filter(pa.array(one.live_N)) for one in self.segments]
+        return pa.concat_arrays([pa.array([], pa.large_string()), *parts])
+
+    def generations(self) -> dict[str, int]:
+        """How many keys each generation has, oldest first."""
+        counts: dict[str, int] = {}
+        for segment in self.segments:
+            if segment.live:
+                counts[segment.stamp.generation] = counts.get(segment.stamp.generation, 0) + segment.live
+        return counts
+
+    def with_part(self, part: Segment) -> Self:
+        """The gallery after a swap: the part's keys are found in it, and no longer where they were."""
+        return type(self)((*(one.without(part.keys) for one in self.segments), part), self.config)
+
+    def first(self, count: int) -> Self:
+        """The gallery as its first `count` parts made it."""
+        return self.folded((segment.whole() for segment in self.segments[:count]), self.config)
+
+    def joined(self) -> Self:
+        """The same vectors with one segment a generation, and nothing in it that is not searched."""
+        by_stamp: dict[Stamp, list[Segment]] = {}
+        for segment in self.segments:
+            if segment.live:
+                by_stamp.setdefault(segment.stamp, []).append(segment)
+        return type(self)(tuple(_join(parts, self.config) for parts in by_stamp.values()), self.config)
+
+    def require(self, stamp: Stamp, verdicts: Verdicts) -> None:
+        """Refuse queries that may not search all of the gallery.
+
+        Raises:
+            DataError: a verdict is missing or says no, or the queries have fewer dimensions than a segment.
+        """
+        for segment in self.segments:
+            if not segment.live:
+                continue
+            verdicts.require(stamp, segment.stamp)
+            if stamp.dim < segment.stamp.dim:
+                raise DataError(
+                    f"queries of {stamp.generation!r} have {stamp.dim} dimensions, the gallery of "
+                    f"{segment.stamp.generation!r} has {segment.stamp.dim}: embed the queries by a generation with at "
+                    "least as many"
+                )
+
+    def search(self, queries: Vectors, k: int, verdicts: Verdicts) -> Hits:
+        """Find the k nearest items of each query, over all generations of the gallery.
+
+        Args:
+            queries: Q vectors of one generation, of any length.
+            k: at least 1; fewer items are found in a smaller gallery.
+            verdicts: of the family.
+
+        Raises:
+            DataError: as `require`; or a query is not finite, or zero in the values that are compared.
+        """
+        self.require(queries.stamp, verdicts)
+        return search_segments(self.segments, queries.vectors_ND, k)
+
+
+def search_segments(segments: Sequence[Segment], vectors_QD: npt.NDArray[np.floating], k: int) -> Hits:
+    """Find the k nearest over some segments, whatever their stamps say.
+
+    Args:
+        segments: each of at most D dimensions.
+        vectors_QD: (Q, D) queries of any length.
+        k: at least 1.
+
+    Raises:
+        DataError: a query is not finite, or zero in the values that are compared.
+    """
+    assert k >= 1, f"k is {k}"
+    searched = [segment for segment in segments if segment.live]
+    assert searched, "an empty gallery"
+    rows = {dim: Rows.of(vectors_QD[:, :dim], "query") for dim in {segment.stamp.dim for segment in searched}}
+    found = []
+    for block in blocks(len(vectors_QD), QUERIES):
+        unit = {dim: one[block].unit() for dim, one in rows.items()}
+        found.append(Hits.merged([segment.search(unit[segment.stamp.dim], k) for segment in searched], k))
+    return Hits.stacked(found)
+
+
+def _join(segments: Sequence[Segment], config: IndexConfig) -> Segment:
+    if len(segments) == 1 and segments[0].live == len(segments[0].keys):
+        return segments[0]
+    return Segment.of(_together([segment.live_vectors() for segment in segments]), config)
+
+
+def _together(parts: Sequence[Vectors]) -> Vectors:
+    """Vectors of one stamp, one after the other."""
+    return Vectors(
+        parts[0].stamp,
+        pa.concat_arrays([part.keys for part in parts]),
+        pa.concat_arrays([part.identities for part in parts]),
+        np.concatenate([part.vectors_ND for part in parts]),
+    )
