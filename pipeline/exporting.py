@@ -131,9 +131,12 @@ def trace(embedder: nn.Module, sample: Sample) -> torch.export.ExportedProgram:
     pixels_BCSS = torch.zeros_like(sample.pixels_NCSS[:2])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its trees
-        return torch.export.export(
+        program = torch.export.export(
             embedder.eval(), (pixels_BCSS,), dynamic_shapes={PIXELS: {0: torch.export.Dim.DYNAMIC}}
         )
+    for node in program.graph.nodes:  # where in our source it was traced is nobody's business
+        node.meta.pop("stack_trace", None)
+    return program
 
 
 def _onnx(program: torch.export.ExportedProgram, told: dict[str, str]) -> tuple[bytes, Callable[[Tensor], Tensor]]:
@@ -152,7 +155,7 @@ def _onnx(program: torch.export.ExportedProgram, told: dict[str, str]) -> tuple[
         )
     assert exported is not None
     model: Any = exported.model_proto
-    for node in model.graph.node:  # where in our source it was traced is nobody's business
+    for node in model.graph.node:  # the exporter's own notes on how it came to be
         node.ClearField("metadata_props")
     model.doc_string = _ABOUT
     for key, value in told.items():

@@ -64,7 +64,7 @@ def write_vectors(path: Path, vectors: Vectors, dtype: Dtype = "float32") -> Non
     ).replace_schema_metadata({STAMP: vectors.stamp.model_dump_json()})
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as stream:
-        pq.write_table(table, stream)
+        pq.write_table(table, stream, use_dictionary=[KEY, IDENTITY])  # floats repeat too rarely to try
 
 
 def read_stamp(path: Path) -> Stamp:
