@@ -45,7 +45,7 @@ class FaultyProxy:
             def _answer(self) -> None:
                 proxy.answer(self)
 
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
+            do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = _answer
 
             def log_message(self, *_: object) -> None:
                 """Stay quiet."""

@@ -259,8 +259,6 @@ class TrippingProxy(FaultyProxy):
     def __init__(self, port: int, wire: Tripwire) -> None:
         super().__init__(port)
         self._wire = wire
-        handler: Any = self._server.RequestHandlerClass  # of this proxy alone
-        handler.do_PATCH = handler.do_PUT
 
     def answer(self, client: BaseHTTPRequestHandler) -> None:
         ours = client.command != "GET" and client.path.partition("?")[0].endswith(self._wire.path)

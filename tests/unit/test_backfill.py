@@ -11,6 +11,7 @@ from pipeline.evaluation.figures import Images
 from pipeline.evaluation.measurement import measure
 from pipeline.evaluation.settings import EvaluationConfig
 from tests.unit.embeddings import GROUP, IDENTITY, embed
+from tests.unit.swapped import rank1_by_hand, right_and_wrong
 
 CONFIG = EvaluationConfig(far=(), ranks=(1,), fpir=(0.1,), bootstrap=0)
 
@@ -40,9 +41,7 @@ def two_models() -> tuple[Embeddings, Embeddings]:
         "group_N": np.repeat([0, 1], 10),
         "is_gallery_N": np.repeat([True, False], 10),
     }
-    right = np.eye(10, dtype=np.float32)
-    wrong = right.copy()
-    wrong[5:] = np.roll(right[5:], 1, axis=0)
+    right, wrong = right_and_wrong()
     old = Embeddings(np.vstack([wrong, right]), generation="v1", **fields)
     return Embeddings(np.vstack([right, right]), generation="v2", **fields), old
 
@@ -52,13 +51,7 @@ def test_curve_by_hand() -> None:
     config = EvaluationConfig(far=(), bootstrap=0, seed=3)
     curves = backfill(new, old, Images.of(new, config), config)
     assert curves["share"] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    order = np.random.default_rng([3, 10]).permutation(10)
-    expected = []
-    for step in range(11):
-        renewed = set(order[:step].tolist())
-        shown = {item: item if item < 5 or item in renewed else 5 + (item - 6) % 5 for item in range(10)}
-        # A query finds its mate if that shows it, and no other item shows the same: ties go against the query.
-        expected.append(np.mean([shown[q] == q and list(shown.values()).count(q) == 1 for q in range(10)]))
+    expected = rank1_by_hand(np.random.default_rng([3, 10]).permutation(10).tolist())
     assert curves["random"]["rank1"] == pytest.approx(expected)
     assert [expected[0], expected[-1]] == [0.5, 1.0]
     assert curves["random"]["area"]["rank1"] == pytest.approx(np.trapezoid(expected, dx=0.1))

@@ -2,8 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from pipeline.stamp import Verdicts
 from pipeline.vectors import Vectors, write_vectors
 from tests.unit.embeddings import GROUP, IDENTITY, embed
 from tests.unit.stamped import drawn, held, stamp, stamped
+from tests.unit.swapped import rank1_by_hand, right_and_wrong
 
 ALLOWED = held("v2/v1", "v3/v2", "v3/v1")
 KEYS = 60
@@ -164,9 +163,7 @@ def test_counts_that_cannot_be_used(text: str, told: str, tmp_path: Path) -> Non
 
 def two_models() -> tuple[Vectors, Vectors, Vectors]:
     """Ten items and a query of each: the old model shows items 5 to 9 as the next one's; the new one is right."""
-    right, names = np.eye(10), [f"i{place}" for place in range(10)]
-    wrong = right.copy()
-    wrong[5:] = np.roll(right[5:], 1, axis=0)
+    (right, wrong), names = right_and_wrong(), [f"i{place}" for place in range(10)]
     queries = stamped("v2", right, [f"q{place}" for place in range(10)], names)
     return stamped("v1", wrong, identities=names), stamped("v2", right, identities=names), queries
 
@@ -176,13 +173,7 @@ def test_curve_by_hand(tmp_path: Path) -> None:
     folder = tmp_path / "gallery"
     Gallery.of([old]).save(folder)
     write_vectors(tmp_path / "new", new)
-    order = np.random.default_rng([3, 10]).permutation(10)
-    expected = []
-    for step in range(11):
-        renewed = set(order[:step].tolist())
-        shown = {item: item if item < 5 or item in renewed else 5 + (item - 6) % 5 for item in range(10)}
-        # A query finds its mate if that shows it, and no other item shows the same: ties go against the query.
-        expected.append(np.mean([shown[q] == q and list(shown.values()).count(q) == 1 for q in range(10)]))
+    expected = rank1_by_hand(np.random.default_rng([3, 10]).permutation(10).tolist())
     # In two runs: the second goes on with the curve of the first.
     move(folder, queries=queries, order="random", seed=3, batch=1, until=0.4)
     curve = move(folder, queries=queries, order="random", seed=3, batch=1)
@@ -358,7 +349,7 @@ def test_killed_at_any_moment_every_key_is_there_once_and_it_goes_on(gallery: Pa
         while process.is_alive() and len(place.read().parts) < enough:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.02))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL; it may have ended by itself meanwhile
         process.join()
         found = moved(gallery)
         killed_at.append(len(found))

@@ -8,23 +8,15 @@ from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
 from pipeline import lineage_picture
-from pipeline.evaluation import plots
 from pipeline.lineage_picture import CROSS, FAILED, HELD, MOST, TICK, UNJUDGED, Edge, plot_lineage
+from tests.unit.drawings import keep_figures
 
 CHAIN = {f"v{n}": (f"v{n - 1}",) if n > 1 else () for n in range(1, 8)}
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    figures: list[Figure] = []
-    save = plots.save_figure
-
-    def keep(figure: Figure, path: Path) -> None:
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(lineage_picture, "save_figure", keep)
-    return figures
+    return keep_figures(monkeypatch, lineage_picture)
 
 
 def texts(figure: Figure) -> list[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.evaluation import plots
 from pipeline.evaluation.plots import BackfillCurve, plot_backfill, plot_det, plot_matrix
+from tests.unit.drawings import keep_figures
 
 FAR = np.geomspace(1e-6, 1, 50)
 MATRIX = np.array([[0.27, np.nan, np.nan], [0.291, 0.381, np.nan], [0.002, np.nan, 0.382]])
@@ -19,16 +20,7 @@ NAMES = ("v1", "v2", "paragon")
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Figures as they are saved, so that what is on them can be read without reading pixels."""
-    figures: list[Figure] = []
-    save = plots.save_figure
-
-    def keep(figure: Figure, path: Path) -> None:
-        figures.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(plots, "save_figure", keep)
-    return figures
+    return keep_figures(monkeypatch, plots)
 
 
 def pixels(path: Path) -> tuple[int, int]:
