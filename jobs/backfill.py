@@ -58,15 +58,13 @@ def backfill_config(options: argparse.Namespace) -> BackfillConfig:
     import pydantic
 
     from pipeline.backfilling import BackfillConfig
-    from pipeline.errors import ConfigError
+    from pipeline.mistakes import option_mistake
 
     given = {name: value for name, value in vars(options).items() if name in BackfillConfig.model_fields}
     try:
         return BackfillConfig(**given)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        told = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"--{first['loc'][0]} {first['input']}: {told}" if first["loc"] else told) from None
+        raise option_mistake(error) from None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -89,17 +87,9 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code."""
     options = parse(arguments)
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        run(options)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -59,16 +59,14 @@ def measure(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from pipeline.benchmarks.report import as_text
-    from pipeline.errors import ConfigError
     from pipeline.files import write_json
+    from pipeline.mistakes import option_mistake
 
     given = {name: value for name, value in vars(options).items() if name in options.model.model_fields}
     try:
         config = options.model.model_validate(given)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} {first['input']}: {first['msg']}") from None
+        raise option_mistake(error) from None
     with Console(stderr=True).status("starting") as status:
         result = options.measure(config, status.update)
     result["command"] = " ".join(["python", "jobs/benchmark.py", *sys.argv[1:]])

@@ -66,13 +66,12 @@ def settings(options: argparse.Namespace) -> EmbedConfig:
     import pydantic
 
     from pipeline.embed import EmbedConfig
-    from pipeline.errors import ConfigError
+    from pipeline.mistakes import option_mistake
 
     try:
         return EmbedConfig.model_validate({name: getattr(options, name) for name in EmbedConfig.model_fields})
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
+        raise option_mistake(error) from None
 
 
 def find_generation(options: argparse.Namespace, config: RunConfig | None) -> Generation:
@@ -86,13 +85,10 @@ def find_generation(options: argparse.Namespace, config: RunConfig | None) -> Ge
 
     if options.artefact is not None:
         return Generation(options.artefact)
-    from pipeline.config import default_home
     from pipeline.errors import RegistryError
-    from pipeline.registry import Registry, TrackingConfig, tracking_location
+    from pipeline.registry_opening import open_registry
 
-    home = config.home if config else default_home()
-    uri, artifact_root = tracking_location(config.tracking if config else TrackingConfig(), home)
-    registry = Registry(uri, options.family or (config.name if config else ""), artifact_root)
+    registry = open_registry(config, options.family)
     found = registry.find(options.generation)
     if found is None:
         raise RegistryError(f"generation {options.generation!r} {registry.why_missing(options.generation)}")
@@ -124,30 +120,28 @@ def find_parts(options: argparse.Namespace, config: RunConfig | None) -> Parts:
     return SourceParts(ListSource(given))
 
 
+def run(options: argparse.Namespace) -> None:
+    """Embed, and say how many vectors there are."""
+    from pipeline.config import load_config
+
+    config = load_config(options.config, options.overrides) if options.config else None
+    how = settings(options)
+    from pipeline.console import say
+    from pipeline.embed import embed
+
+    told = embed(find_generation(options, config), find_parts(options, config), options.out, how)
+    say(
+        f"vectors      {told['rows']:,} of {told['samples']:,} images in {options.out}, "
+        f"{told['rejected']:,} images have none"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code."""
     options = parse(arguments)
-    from pipeline.config import load_config
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        config = load_config(options.config, options.overrides) if options.config else None
-        how = settings(options)
-        from pipeline.console import say
-        from pipeline.embed import embed
-
-        told = embed(find_generation(options, config), find_parts(options, config), options.out, how)
-        say(
-            f"vectors      {told['rows']:,} of {told['samples']:,} images in {options.out}, "
-            f"{told['rejected']:,} images have none"
-        )
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,17 @@ import sys
 from pathlib import Path
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate."""
+    from pipeline.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from pipeline.assessment import evaluate_run
+
+    names = None if arguments.generations is None else tuple(arguments.generations.split(","))
+    evaluate_run(config, names, arguments.split)
+
+
 def main() -> int:
     """Parse the arguments and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,22 +34,9 @@ def main() -> int:
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="of the held-out images")
     arguments = parser.parse_args()
 
-    from pipeline.config import load_config
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        from pipeline.assessment import evaluate_run
-
-        names = None if arguments.generations is None else tuple(arguments.generations.split(","))
-        evaluate_run(config, names, arguments.split)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,21 @@ import sys
 from pathlib import Path
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Export, and print a line for each file."""
+    from pipeline.config import load_config
+    from pipeline.exporting import export, parse_formats
+    from pipeline.generation import Generation
+
+    formats = parse_formats(arguments.formats)
+    if arguments.config is None:
+        artefact = arguments.artefact
+    else:
+        artefact = load_config(arguments.config, arguments.overrides).folder / "generations" / arguments.generation
+    for made in export(Generation(artefact), arguments.out, formats):
+        print(f"{made.path}  cosine {made.cosine:.6f} to the backbone's embeddings, largest error {made.error:.1e}")
+
+
 def main() -> int:
     """Parse the arguments and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,27 +46,9 @@ def main() -> int:
     if arguments.overrides and arguments.config is None:
         parser.error("overrides are of a --config; leave them out with --artefact")
 
-    from pipeline.config import load_config
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        from pipeline.exporting import export, parse_formats
-        from pipeline.generation import Generation
-
-        formats = parse_formats(arguments.formats)
-        if arguments.config is None:
-            artefact = arguments.artefact
-        else:
-            artefact = load_config(arguments.config, arguments.overrides).folder / "generations" / arguments.generation
-        for made in export(Generation(artefact), arguments.out, formats):
-            print(f"{made.path}  cosine {made.cosine:.6f} to the backbone's embeddings, largest error {made.error:.1e}")
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

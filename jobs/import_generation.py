@@ -14,6 +14,23 @@ import sys
 from pathlib import Path
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Import, and print what came of it."""
+    from pipeline.config import default_home, load_config
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    from pipeline.embedding_files import EmbeddingFile
+    from pipeline.importing import Import, import_generation
+    from pipeline.registry_opening import open_registry
+
+    registry, home = open_registry(config, arguments.family), config.home if config else default_home()
+    test = None if arguments.test is None else EmbeddingFile(arguments.test)
+    source = Import(arguments.name, EmbeddingFile(arguments.train), test, arguments.scale)
+    generation = import_generation(source, registry, home)
+    record = generation.record
+    print(f"{record.name}: {record.identities:,} identities, {record.embedding_dim} dimensions, at {generation.path}")
+
+
 def main() -> int:
     """Parse the arguments and import."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -29,31 +46,9 @@ def main() -> int:
     if arguments.family is not None and arguments.overrides:
         parser.error("overrides are of a --config; leave them out with --family")
 
-    from pipeline.config import default_home, load_config
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        config = load_config(arguments.config, arguments.overrides) if arguments.config else None
-        from pipeline.embedding_files import EmbeddingFile
-        from pipeline.importing import Import, import_generation
-        from pipeline.registry import Registry, TrackingConfig, tracking_location
-
-        family, home = (config.name, config.home) if config else (arguments.family, default_home())
-        uri, artifact_root = tracking_location(config.tracking if config else TrackingConfig(), home)
-        test = None if arguments.test is None else EmbeddingFile(arguments.test)
-        source = Import(arguments.name, EmbeddingFile(arguments.train), test, arguments.scale)
-        generation = import_generation(source, Registry(uri, family, artifact_root), home)
-        record = generation.record
-        print(
-            f"{record.name}: {record.identities:,} identities, {record.embedding_dim} dimensions, at {generation.path}"
-        )
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

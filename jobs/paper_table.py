@@ -14,6 +14,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Do all of the grid that is not done."""
+    from pipeline.console import say
+    from pipeline.table.build import build
+    from pipeline.table.grid import load_grid
+
+    command = shlex.join(["python", "jobs/paper_table.py", *sys.argv[1:]])
+    grid = load_grid(arguments.config, arguments.overrides)
+    build(grid, arguments.markdown, arguments.json, grid.heading(command), arguments.partial)
+    say(f"results      {arguments.markdown}, {arguments.json}")
+
+
 def main() -> int:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,23 +36,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results.json", help="every figure")
     arguments = parser.parse_args()
 
-    from pipeline.console import say
-    from pipeline.errors import PipelineError
-    from pipeline.table.build import build
-    from pipeline.table.grid import load_grid
+    from pipeline.job import exit_code
 
-    command = shlex.join(["python", "jobs/paper_table.py", *sys.argv[1:]])
-    try:
-        grid = load_grid(arguments.config, arguments.overrides)
-        build(grid, arguments.markdown, arguments.json, grid.heading(command), arguments.partial)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    say(f"results      {arguments.markdown}, {arguments.json}")
-    return 0
+    return exit_code(lambda: run(arguments), "run the same command again to go on")
 
 
 if __name__ == "__main__":

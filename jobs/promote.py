@@ -16,6 +16,25 @@ import sys
 from pathlib import Path
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Promote, roll back or unlock."""
+    from pipeline.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from pipeline import promotion
+    from pipeline.registry_opening import open_registry
+
+    registry = open_registry(config)
+    names = tuple(arguments.live.split(",")) if arguments.live else ()
+    galleries = promotion.Galleries(tuple(arguments.gallery), names)
+    if arguments.unlock:
+        promotion.unlock(registry)
+    elif arguments.rollback:
+        promotion.rollback(registry, galleries)
+    else:
+        promotion.promote(registry, arguments.generation, config.evaluation.judged, galleries, arguments.margin)
+
+
 def main() -> int:
     """Parse the arguments and promote."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,31 +49,9 @@ def main() -> int:
     parser.add_argument("--margin", type=float, default=0.5, help="points that the self-test may lose (default: 0.5)")
     arguments = parser.parse_args()
 
-    from pipeline.config import load_config
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        from pipeline import promotion
-        from pipeline.registry import Registry, tracking_location
-
-        uri, artifact_root = tracking_location(config.tracking, config.home)
-        registry = Registry(uri, config.name, artifact_root)
-        names = tuple(arguments.live.split(",")) if arguments.live else ()
-        galleries = promotion.Galleries(tuple(arguments.gallery), names)
-        if arguments.unlock:
-            promotion.unlock(registry)
-        elif arguments.rollback:
-            promotion.rollback(registry, galleries)
-        else:
-            promotion.promote(registry, arguments.generation, config.evaluation.judged, galleries, arguments.margin)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 if __name__ == "__main__":

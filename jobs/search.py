@@ -57,15 +57,13 @@ def index_config(options: argparse.Namespace) -> IndexConfig:
     """
     import pydantic
 
-    from pipeline.errors import ConfigError
+    from pipeline.mistakes import option_mistake
     from pipeline.search_index import IndexConfig
 
     try:
         return IndexConfig(**{name: value for name, value in vars(options).items() if name in IndexConfig.model_fields})
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} {first['input']}: {first['msg']}") from None
+        raise option_mistake(error) from None
 
 
 def build_gallery(options: argparse.Namespace) -> None:
@@ -77,8 +75,7 @@ def build_gallery(options: argparse.Namespace) -> None:
     config = index_config(options)
     gallery = Gallery.of([read_vectors(vector_files(place)) for place in options.vectors], config)
     gallery.save(options.gallery)
-    counts = ", ".join(f"{count:,} of {name}" for name, count in gallery.generations().items())
-    say(f"{options.gallery}: {len(gallery):,} keys: {counts}; {config.kind}")
+    say(f"{options.gallery}: {gallery}; {config.kind}")
 
 
 def query_gallery(options: argparse.Namespace) -> None:
@@ -101,17 +98,9 @@ def query_gallery(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return its exit code."""
     options = parse(arguments)
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        {"build": build_gallery, "query": query_gallery}[options.job](options)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: {"build": build_gallery, "query": query_gallery}[options.job](options))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,19 @@ from pathlib import Path
 QUICKSTART = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Run, or print the config."""
+    from pipeline.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+        return
+    from pipeline.run import run
+
+    run(config, fresh=arguments.fresh)
+
+
 def main() -> int:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,24 +35,9 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="start over: forget what earlier runs of this name left")
     arguments = parser.parse_args()
 
-    from pipeline.config import load_config
-    from pipeline.errors import PipelineError
+    from pipeline.job import exit_code
 
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            print(config.to_yaml(), end="")
-            return 0
-        from pipeline.run import run
-
-        run(config, fresh=arguments.fresh)
-    except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: train(arguments), "run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pipeline.files import write_atomically, write_json
 from pipeline.generation import Generation
 from pipeline.registry import Registry
 from pipeline.registry_evaluation import record_evaluation
-from pipeline.registry_store import tracking_location
+from pipeline.registry_opening import open_registry
 from pipeline.schema import digest_json
 
 REPORT, MARKDOWN, EMBEDDINGS = "report.json", "report.md", "embeddings"
@@ -103,10 +103,20 @@ def evaluate(
         DataError: its images cannot be read, or are too few for a figure.
         RegistryError: the store refuses.
     """
-    if (told := kept(config, generations, split, folder)) is not None:
-        if split == "test":
-            record_again(config, registry, generations, told)
-        return told
+    told = kept(config, generations, split, folder)
+    report = _measured(config, registry, generations, split, folder) if told is None else told
+    if split == "test":  # a kept report too: a version may be a new one
+        data = Manifest.load(held_out(config, split)).digest
+        record_evaluation(registry, generations, report, data, again=told is not None)
+    if told is None:  # last: until then nothing is kept, and all of it is done again
+        write_json(folder / REPORT, report)
+    return report
+
+
+def _measured(
+    config: RunConfig, registry: Registry, generations: dict[str, Generation], split: Split, folder: Path
+) -> dict[str, Any]:
+    """Measure, draw and log."""
     say(f"evaluating on the {split} images")
     data = held_out(config, split)
     report, drawn = assess(config, generations, data, folder)
@@ -114,18 +124,7 @@ def evaluate(
     prefix = "" if split == "test" else f"{split}/"
     for name in generations:
         registry.log_evaluation(name, {f"{prefix}{key}": value for key, value in figures_of(report, name)}, drawn)
-    if split == "test":
-        record_evaluation(registry, generations, report, Manifest.load(data).digest)
-    write_json(folder / REPORT, report)
     return report
-
-
-def record_again(
-    config: RunConfig, registry: Registry, generations: dict[str, Generation], report: dict[str, Any]
-) -> None:
-    """Tell the registry the verdicts of a report that was kept, unless it knows them: a version may be a new one."""
-    data = Manifest.load(held_out(config, "test")).digest
-    record_evaluation(registry, generations, report, data, again=True)
 
 
 def kept(config: RunConfig, generations: dict[str, Generation], split: Split, folder: Path) -> dict[str, Any] | None:
@@ -198,8 +197,7 @@ def evaluate_run(config: RunConfig, names: Sequence[str] | None = None, split: S
     Raises:
         ConfigError: a name is unknown or given twice, nothing is trained, or the config names no such split.
     """
-    uri, artifact_root = tracking_location(config.tracking, config.home)
-    registry = Registry(uri, config.name, artifact_root)
+    registry = open_registry(config)
     folder = evaluation_folder(config, split)
     report = evaluate(config, registry, trained(config, registry, names), split, folder)
     console.print(render(report))

@@ -143,7 +143,7 @@ def backfill(
                 curve = with_point(curve, folder, gallery, moved, judge)
                 progress(moved, _words(curve))
         draw_curve(curve, folder / "backfill.png")
-    say(f"{folder}: {_told(gallery)}")
+    say(f"{folder}: {gallery}")
     return curve
 
 
@@ -159,7 +159,7 @@ def roll_back(folder: Path) -> None:
         if record.base is None:
             raise DataError(f"{folder}: no backfill is open; there is nothing to go back to")
         place.swap(record.model_copy(update={"parts": record.parts[: record.base], "base": None}))
-    say(f"{folder}: {_told(Gallery.load(folder))}")
+    say(f"{folder}: {Gallery.load(folder)}")
 
 
 def prune(folder: Path) -> None:
@@ -177,7 +177,7 @@ def prune(folder: Path) -> None:
         # A part that is whole, and its generation's only one, is not written again.
         parts = tuple(kept.get(id(segment)) or place.write(segment) for segment in gallery.joined().segments)
         place.swap(record.model_copy(update={"parts": parts, "base": None}))
-    say(f"{folder}: {_told(gallery)}")
+    say(f"{folder}: {gallery}")
 
 
 def _judge(queries: Vectors, new: Stamp, gallery: Gallery) -> Judge:
@@ -212,9 +212,3 @@ def _segment(gallery: Gallery, source: NewVectors, keys: pa.Array) -> Segment:
 def _words(curve: Curve) -> str:
     rank1 = curve.points[-1].rank1
     return "" if rank1 is None else f"rank1 {100 * rank1:.1f} %"
-
-
-def _told(gallery: Gallery) -> str:
-    """`1,000 keys: 400 of v1, 600 of v2`."""
-    counts = ", ".join(f"{count:,} of {name}" for name, count in gallery.generations().items())
-    return f"{len(gallery):,} keys: {counts}"

@@ -25,7 +25,7 @@ from pipeline.embed_parts import Parts
 from pipeline.embed_worker import too_many
 from pipeline.errors import ClusterError
 from pipeline.generation import BACKBONE, SELFTEST, Generation
-from pipeline.schema import Config, digest_json
+from pipeline.schema import Config
 from pipeline.stamp import Stamp
 from pipeline.vectors import Dtype
 
@@ -61,14 +61,7 @@ def embed(generation: Generation, parts: Parts, out: Path, config: EmbedConfig) 
             `config.limit` of the images do not decode.
         ClusterError: Ray cannot do it.
     """
-    stamp = Stamp.of(generation)
-    header = Header(
-        stamp=stamp,
-        dtype=config.dtype,
-        data=parts.name,
-        data_digest=parts.digest,
-        parts_digest=digest_json(parts.names),
-    )
+    header = Header.of(Stamp.of(generation), config.dtype, parts)
     output = Output(out.expanduser().absolute(), header, parts.names)
     finished = output.compare().get("complete", False)
     if not finished:  # first: what is refused leaves no folder behind

@@ -20,10 +20,11 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.data.sources import Reject
+from pipeline.embed_parts import Parts
 from pipeline.embedding_files import EmbeddingFile
 from pipeline.errors import DataError
 from pipeline.files import write_json
-from pipeline.schema import Config
+from pipeline.schema import Config, digest_json
 from pipeline.stamp import Stamp
 from pipeline.vectors import Dtype, Vectors, read_stamp, write_vectors
 
@@ -58,6 +59,13 @@ class Header(Config):
     data: str = Field(description="name of the data set or list")
     data_digest: str = Field(description="of the manifest, or the source's fingerprint")
     parts_digest: str = Field(description="of the parts' names: the same images may be cut in other ways")
+
+    @classmethod
+    def of(cls, stamp: Stamp, dtype: Dtype, parts: Parts) -> Header:
+        """Of a model's vectors of some parts."""
+        return cls(
+            stamp=stamp, dtype=dtype, data=parts.name, data_digest=parts.digest, parts_digest=digest_json(parts.names)
+        )
 
 
 class Output:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -27,6 +26,7 @@ from pipeline.data.store import ShardStore, open_store
 from pipeline.data.store_metadata import metadata_folder
 from pipeline.data.store_remote import StoreConfig
 from pipeline.data.verify import verify
+from pipeline.embedding_files import repeated
 from pipeline.errors import DataError
 
 
@@ -131,7 +131,7 @@ class ShardParts:
         if "shard_size" in self._manifest.pack:
             return
         keys = pa.chunked_array([pa.array(self._keys(number)) for number in range(len(self.names))], pa.string())
-        if (twice := _repeated(keys)) is not None:
+        if (twice := repeated(keys)) is not None:
             raise DataError(
                 f"data set {self._location}: two samples have the key {twice!r}, but a vector is found by its key; "
                 "pack the tars anew (jobs/pack.py without --adopt), which makes keys unique"
@@ -178,7 +178,7 @@ class SourceParts:
         """Check that no path stands twice in a list; keys of other sources are unique by how they are made."""
         if not isinstance(self._source, ListSource) or (paths := _paths(self._source)) is None:
             return
-        if (twice := _repeated(paths)) is not None:
+        if (twice := repeated(paths)) is not None:
             raise DataError(f"list {self._source.path} names {twice!r} twice; remove one of the rows")
 
     def read(self, number: int, size: int) -> Generator[Images, None, None]:
@@ -223,12 +223,3 @@ def _paths(source: ListSource) -> pa.ChunkedArray | None:
     return pa.csv.read_csv(
         source.path, parse_options=pa.csv.ParseOptions(newlines_in_values=True), convert_options=convert
     ).column(0)
-
-
-def _repeated(names: pa.ChunkedArray) -> str | None:
-    """A name that stands more than once, if there is one."""
-    if pc.count_distinct(names, mode="only_valid").as_py() == len(names) - names.null_count:
-        return None
-    counts = names.drop_null().value_counts()
-    twice: str = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
-    return twice

@@ -132,3 +132,12 @@ class EmbeddingFile:
         except (pa.ArrowException, OSError) as error:
             told = " ".join(str(error).split())
             raise DataError(f"{self.path} cannot be read as Parquet: {told}") from None
+
+
+def repeated(names: pa.Array | pa.ChunkedArray) -> str | None:
+    """A name that stands more than once, if there is one; missing names are left out."""
+    if pc.count_distinct(names, mode="only_valid").as_py() == len(names) - names.null_count:
+        return None
+    counts = names.drop_null().value_counts()
+    twice: str = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()].as_py()
+    return twice

@@ -20,7 +20,7 @@ import torch
 
 from pipeline.code import code_version
 from pipeline.config import NAME, differing_keys
-from pipeline.embedding_files import IDENTITY, KEY, EmbeddingFile
+from pipeline.embedding_files import IDENTITY, KEY, EmbeddingFile, repeated
 from pipeline.errors import ConfigError, DataError, GenerationError, PipelineError, RegistryError
 from pipeline.evaluation.stored import write_stored
 from pipeline.generation import IDENTITIES, RECORD, Generation, GenerationRecord, complete, write_classifier_part
@@ -171,9 +171,7 @@ def seal_embeddings(source: Import, family: str, destination: Path) -> Generatio
 def _held_out(test: EmbeddingFile, dim: int) -> tuple[pa.Array, Float32]:
     """(N,) keys and (N, D) vectors."""
     keys = test.strings(KEY)
-    counts = pc.value_counts(keys)
-    if len(counts) < len(keys):
-        twice = next(one for one in counts if one["counts"].as_py() > 1)["values"].as_py()
+    if (twice := repeated(keys)) is not None:
         raise DataError(f"{test.path}: key {twice!r} stands twice; a sample has one embedding")
     if test.dim != dim:
         raise DataError(f"{test.path} has vectors of {test.dim} values, --train of {dim}; give those of one model")

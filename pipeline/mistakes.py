@@ -10,6 +10,8 @@ import pydantic
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pipeline.errors import ConfigError
+
 Location = tuple[int | str, ...]
 
 
@@ -32,6 +34,15 @@ def mistakes(error: pydantic.ValidationError, root: type[BaseModel]) -> Iterator
             given = problem.get("input")
             told = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
             yield f"{path}: {message}{told}" if path else message
+
+
+def option_mistake(error: pydantic.ValidationError) -> ConfigError:
+    """The first thing that is wrong in a config made of a command line's options, by the option's name."""
+    first = error.errors()[0]
+    told = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return ConfigError(told)
+    return ConfigError(f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {told}")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -54,10 +54,7 @@ def recorded_verdicts(file: Path | None, config: Path | None, family: str) -> Ve
     """
     if file is not None:
         return read_verdicts(file)
-    from pipeline.config import default_home, load_config
-    from pipeline.registry import Registry, TrackingConfig, tracking_location
+    from pipeline.config import load_config
+    from pipeline.registry_opening import open_registry
 
-    run = load_config(config) if config else None
-    tracking, home = (run.tracking, run.home) if run else (TrackingConfig(), default_home())
-    uri, artifact_root = tracking_location(tracking, home)
-    return Registry(uri, family, artifact_root).verdicts()
+    return open_registry(load_config(config) if config else None, family).verdicts()

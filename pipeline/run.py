@@ -28,7 +28,7 @@ from pipeline.files import write_json
 from pipeline.generation import Generation
 from pipeline.plan import Plan
 from pipeline.registry import Registry
-from pipeline.registry_store import tracking_location
+from pipeline.registry_opening import open_registry
 
 
 def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
@@ -39,8 +39,7 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
         fresh: forget what earlier runs of the same name left: artefacts, checkpoints, registered versions. The data
             stays.
     """
-    uri, artifact_root = tracking_location(config.tracking, config.home)
-    registry = Registry(uri, config.name, artifact_root)
+    registry = open_registry(config)
     if fresh:
         registry.forget()
         shutil.rmtree(config.folder, ignore_errors=True)
@@ -135,12 +134,11 @@ def evaluate(config: RunConfig, registry: Registry, generations: dict[str, Gener
     """
     if config.data.test is None:
         return {"generations": list(generations), "criterion_on": [], **{section: {} for section in SECTIONS}}
-    if (told := assessment.kept(config, generations, "test", config.folder)) is not None:
-        assessment.record_again(config, registry, generations, told)
-        return told
+    fresh = assessment.kept(config, generations, "test", config.folder) is None
     report = assessment.evaluate(config, registry, generations, "test", config.folder)
-    compatible = [name for name in generations if _fits_its_parents(name, generations[name], report)]
-    registry.promote_candidate(compatible[-1] if compatible else next(iter(generations)))
+    if fresh:
+        compatible = [name for name in generations if _fits_its_parents(name, generations[name], report)]
+        registry.promote_candidate(compatible[-1] if compatible else next(iter(generations)))
     return report
 
 

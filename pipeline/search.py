@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.embedding_files import repeated
 from pipeline.errors import DataError
 from pipeline.evaluation.exact import Rows, blocks
 from pipeline.hits import Hits
@@ -47,10 +48,8 @@ class Gallery:
             DataError: a key comes in two of them; a vector is not finite, or zero.
         """
         config = config or IndexConfig()
-        counts = pa.concat_arrays([one.keys for one in vectors]).value_counts()
-        if (twice := counts.field("counts").to_numpy() > 1).any():
-            key = counts.field("values")[int(np.argmax(twice))].as_py()
-            raise DataError(f"key {key!r} comes in two of the vector files: a gallery holds one vector a key")
+        if (twice := repeated(pa.chunked_array([one.keys for one in vectors]))) is not None:
+            raise DataError(f"key {twice!r} comes in two of the vector files: a gallery holds one vector a key")
         by_stamp: dict[Stamp, list[Vectors]] = {}
         for one in vectors:
             by_stamp.setdefault(one.stamp, []).append(one)
@@ -118,6 +117,11 @@ class Gallery:
             if segment.live:
                 counts[segment.stamp.generation] = counts.get(segment.stamp.generation, 0) + segment.live
         return counts
+
+    def __str__(self) -> str:
+        """`1,000 keys: 400 of v1, 600 of v2`."""
+        counts = ", ".join(f"{count:,} of {name}" for name, count in self.generations().items())
+        return f"{len(self):,} keys: {counts}"
 
     def with_part(self, part: Segment) -> Self:
         """The gallery after a swap: the part's keys are found in it, and no longer where they were."""

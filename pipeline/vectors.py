@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.embedding_files import IDENTITY, KEY, VECTOR, EmbeddingFile
+from pipeline.embedding_files import IDENTITY, KEY, VECTOR, EmbeddingFile, repeated
 from pipeline.errors import DataError
 from pipeline.files import written_whole
 from pipeline.stamp import STAMP, Stamp
@@ -101,7 +101,8 @@ def read_vectors(paths: Sequence[Path]) -> Vectors:
     if vectors_ND.shape[1] != stamp.dim:
         raise DataError(f"{paths[0]}: vectors have {vectors_ND.shape[1]} values, their stamp says {stamp.dim}")
     whole = Vectors(stamp, pa.concat_arrays(keys), pa.concat_arrays(identities), vectors_ND)
-    _refuse_twice(whole.keys, paths)
+    if (twice := repeated(whole.keys)) is not None:
+        raise DataError(f"{paths[0]}{' ...' if len(paths) > 1 else ''}: key {twice!r} comes more than once")
     return whole
 
 
@@ -117,15 +118,3 @@ def vector_files(place: Path) -> list[Path]:
     if not found:
         raise DataError(f"{place} holds no vectors (*.parquet); embed first (jobs/embed.py)")
     return found
-
-
-def _refuse_twice(keys: pa.Array, paths: Sequence[Path]) -> None:
-    counts = keys.value_counts()
-    twice = [entry["values"].as_py() for entry in _more_than_once(counts)]
-    if twice:
-        raise DataError(f"{paths[0]}{' ...' if len(paths) > 1 else ''}: key {twice[0]!r} comes more than once")
-
-
-def _more_than_once(counts: pa.StructArray) -> Iterator[pa.StructScalar]:
-    places = np.flatnonzero(counts.field("counts").to_numpy() > 1)
-    return (counts[int(place)] for place in places[:1])

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.benchmarks.loader import LoaderBenchmark, _images, _pack
+from pipeline.benchmarks.loader import LoaderBenchmark, make_images, pack_images
 from pipeline.benchmarks.measure import machine, wait
 from pipeline.data.loader import iterate_images
 from pipeline.data.manifest import Manifest
@@ -26,7 +26,7 @@ from pipeline.embed_output import Header, Output
 from pipeline.embed_parts import ShardParts
 from pipeline.embed_worker import PartEmbedder
 from pipeline.model.backbones import BackboneConfig, build_backbone
-from pipeline.schema import Config, digest_json
+from pipeline.schema import Config
 from pipeline.stamp import Stamp
 from pipeline.vectors import Dtype
 
@@ -67,7 +67,7 @@ def measure_embed(config: EmbedBenchmark, progress: Callable[[str], None]) -> di
         folder = Path(name)
         progress("making images")
         made = LoaderBenchmark(images=config.images, size=config.size, quality=config.quality)
-        manifest = _pack(folder / "shards", list(_images(made)), config.shard_size)
+        manifest = pack_images(folder / "shards", list(make_images(made)), config.shard_size)
         ways: dict[str, Callable[[], object]] = {
             "pipeline": lambda: _embed(model, preprocess, manifest, config, device),
             "forward": lambda: _forward(model, decoded, device),
@@ -103,14 +103,7 @@ def _embed(
     parts = ShardParts(str(manifest.folder), StoreConfig())
     with tempfile.TemporaryDirectory(dir=manifest.folder.parent) as out:
         stamp = Stamp(family="benchmark", generation="fresh", digest="0", dim=config.dim, preprocess="0")
-        header = Header(
-            stamp=stamp,
-            dtype=config.dtype,
-            data=parts.name,
-            data_digest=parts.digest,
-            parts_digest=digest_json(parts.names),
-        )
-        output = Output(Path(out), header, parts.names)
+        output = Output(Path(out), Header.of(stamp, config.dtype, parts), parts.names)
         embedder = PartEmbedder(
             model, preprocess, parts, output, batch=config.batch, limit=0, threads=config.threads, device=device
         )

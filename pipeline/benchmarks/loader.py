@@ -57,8 +57,8 @@ def measure_loader(config: LoaderBenchmark, progress: Callable[[str], None]) -> 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         progress("making images")
-        images = list(_images(config))
-        manifest = _pack(folder, images, config.shard_size)
+        images = list(make_images(config))
+        manifest = pack_images(folder, images, config.shard_size)
         tars = [folder / entry.name for entry in manifest.shards]
         ways: dict[str, Callable[[], Iterator[object]]] = {
             "pipeline": lambda: iter(_ours(folder, manifest, preprocess, augment, config)),
@@ -131,7 +131,7 @@ def _ours(
     )
 
 
-def _images(config: LoaderBenchmark) -> Iterator[bytes]:
+def make_images(config: LoaderBenchmark) -> Iterator[bytes]:
     """Pictures with large and small detail, about as hard to decode as photographs of faces."""
     rng = np.random.default_rng(0)
     for _ in range(config.images):
@@ -143,7 +143,7 @@ def _images(config: LoaderBenchmark) -> Iterator[bytes]:
         yield stream.getvalue()
 
 
-def _pack(folder: Path, images: list[bytes], shard_size: int) -> Manifest:
+def pack_images(folder: Path, images: list[bytes], shard_size: int) -> Manifest:
     """Shards, catalogue and manifest, without Ray."""
     table = IdentityTable.from_keys(f"id-{number:03d}" for number in range(IDENTITIES_COUNT))
     samples = [Sample(f"s{n:08d}", raw, "jpg", table.keys[n % len(table)]) for n, raw in enumerate(images)]

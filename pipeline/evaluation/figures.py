@@ -91,9 +91,14 @@ def first_half(row_I: Int64, enrolled_rows: Int64, seed: int) -> Bools:
     Enrolled identities are put in the order of a hash of (seed, row), and the first half taken: the galleries differ by
     at most one identity, and do not depend on the order of the images.
     """
-    enrolled = np.unique(enrolled_rows).tolist()
-    shuffled = sorted(enrolled, key=lambda row: hashlib.sha256(f"{seed}/{row}".encode()).digest())
+    shuffled = in_hash_order(enrolled_rows, seed)
     return np.isin(row_I, shuffled[: (len(shuffled) + 1) // 2])
+
+
+def in_hash_order(values: Int64, seed: int) -> list[int]:
+    """Each value once, in the order of a hash of (seed, value): whatever order they come in."""
+    distinct: list[int] = np.unique(values).tolist()
+    return sorted(distinct, key=lambda value: hashlib.sha256(f"{seed}/{value}".encode()).digest())
 
 
 def search_enrolled(

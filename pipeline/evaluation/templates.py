@@ -7,7 +7,6 @@ Dataset", CVPRW 2017, for templates and media; this order of pooling is that of 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from pipeline.data.protocols import GALLERY, QUERY, Protocol
 from pipeline.errors import DataError
 from pipeline.evaluation.compatibility import Embeddings
 from pipeline.evaluation.exact import Integers, Rows
+from pipeline.evaluation.figures import in_hash_order
 from pipeline.evaluation.metrics import Float32, Int64
 
 CHUNK_IMAGES = 8192  # 32 MiB of float64 at D = 512
@@ -100,10 +100,9 @@ def enrol_templates(embeddings: Embeddings, groups: int, seed: int) -> list[Embe
     Raises:
         DataError: there are not more groups than are to be enrolled.
     """
-    found = np.unique(embeddings.group_N).tolist()
-    if not 0 < groups < len(found):
-        raise DataError(f"templates of {groups} groups leave no query: the test images have {len(found)} groups")
-    order = sorted(found, key=lambda group: hashlib.sha256(f"{seed}/{group}".encode()).digest())
+    order = in_hash_order(embeddings.group_N, seed)
+    if not 0 < groups < len(order):
+        raise DataError(f"templates of {groups} groups leave no query: the test images have {len(order)} groups")
     folds = [order[first : first + groups] for first in range(0, len(order) - groups + 1, groups)]
     return [_enrolled(embeddings, np.isin(embeddings.group_N, fold)) for fold in folds]
 

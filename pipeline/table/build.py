@@ -11,7 +11,7 @@ from pipeline.family import Member, train_missing
 from pipeline.files import write_atomically, write_json
 from pipeline.generation import Generation
 from pipeline.registry import Registry
-from pipeline.registry_store import tracking_location
+from pipeline.registry_opening import open_registry
 from pipeline.run import Clock, prepare_data, train_with_bars
 from pipeline.table.grid import Grid, Table
 from pipeline.table.measuring import Figures, measure_pairs, pairs_of
@@ -35,8 +35,7 @@ def build(grid: Grid, markdown: Path, figures: Path, title: str, partial: bool =
         PipelineError: as a training run, or an evaluation.
     """
     config = grid.run
-    uri, artifact_root = tracking_location(config.tracking, config.home)
-    registry = Registry(uri, config.name, artifact_root)
+    registry = open_registry(config)
     generations = _sealed(grid, registry) if partial else _trained(grid, registry)
     measured = _measure(grid, generations)
     told = {

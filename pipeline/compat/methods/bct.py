@@ -117,11 +117,15 @@ def means_head(parent: Parent) -> Head:
     A parent without normalisation gives no scale for cosines: then it is the new generation's.
     """
     assert parent.means_CD is not None, "the method asks for class means"
-    scale = (parent.head.margin if parent.head.margin.normalised else parent.margin).scale
     rows_C = torch.arange(len(parent.means_CD), device=parent.means_CD.device) + parent.first_row
-    margin = parent.head.margin if parent.head.margin.normalised else MarginConfig(name="norm_softmax", scale=scale)
     there_C = parent.means_CD.norm(dim=1) > 0
-    return Head(parent.name, F.normalize(parent.means_CD[there_C]), rows_C[there_C], margin)
+    return Head(parent.name, F.normalize(parent.means_CD[there_C]), rows_C[there_C], cosine_margin(parent))
+
+
+def cosine_margin(parent: Parent) -> MarginConfig:
+    """Of a head on the parent's features: the parent's own, or norm-softmax at the new scale if it has no cosines."""
+    own = parent.head.margin
+    return own if own.normalised else MarginConfig(name="norm_softmax", scale=parent.margin.scale)
 
 
 def joined_head(parent: Parent, confidence: float) -> Head:

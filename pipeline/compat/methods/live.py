@@ -9,9 +9,8 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from pipeline.compat.base import Method, Parent
-from pipeline.compat.methods.bct import influence_margin
+from pipeline.compat.methods.bct import cosine_margin, influence_margin
 from pipeline.model.heads import Follow, Head
-from pipeline.model.margins import MarginConfig
 
 
 class Live(Method):
@@ -40,8 +39,7 @@ class Live(Method):
     def heads(self, parent: Parent) -> list[Head]:
         """One, whose prototypes follow the parent."""
         assert parent.means_CD is not None, "the method asks for class means"
-        own = parent.head.margin
-        margin = own if own.normalised else MarginConfig(name="norm_softmax", scale=parent.margin.scale)
         rows = range(parent.first_row, parent.first_row + len(parent.means_CD))
         start_CD = F.normalize(parent.means_CD).to(torch.float32)
-        return [Head(parent.name, start_CD, rows, influence_margin(margin, self.margin), Follow(parent.guide))]
+        margin = influence_margin(cosine_margin(parent), self.margin)
+        return [Head(parent.name, start_CD, rows, margin, Follow(parent.guide))]
