@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.parsing import PARSING
 from pipeline.data.shards import ShardIndex
 from pipeline.errors import DataError
 
@@ -73,7 +74,8 @@ class Catalogue:
         """
         path = folder / FILE_NAME
         try:
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
+            with PARSING:
+                records = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise DataError(f"catalogue {path} is missing; restore it, or delete the folder and pack again") from None
         except (OSError, ValueError, EOFError) as error:

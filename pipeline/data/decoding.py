@@ -14,6 +14,7 @@ from nvidia import dali
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.parsing import PARSING
 from pipeline.data.preprocess import AugmentConfig, Draws, PreprocessConfig, noise_bank
 from pipeline.data.reading import Work
 
@@ -87,15 +88,16 @@ class Decoder:
         if not waiting:
             return
         gpu = self._device.type == "cuda"
-        pipe = _graph(
-            self._preprocess,
-            self._augment,
-            "mixed" if gpu else "cpu",
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=(self._device.index or 0) if gpu else None,
-            prefetch_queue_depth=len(waiting),
-        )
+        with PARSING:
+            pipe = _graph(
+                self._preprocess,
+                self._augment,
+                "mixed" if gpu else "cpu",
+                batch_size=self._batch_size,
+                num_threads=self._threads,
+                device_id=(self._device.index or 0) if gpu else None,
+                prefetch_queue_depth=len(waiting),
+            )
         pipe.build()
         for work in waiting:
             self._feed(pipe, work)
