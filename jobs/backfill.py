@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.backfilling import BackfillConfig
+    from pipeline.backfill.moving import BackfillConfig
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def backfill_config(options: argparse.Namespace) -> BackfillConfig:
     """
     import pydantic
 
-    from pipeline.backfilling import BackfillConfig
+    from pipeline.backfill.moving import BackfillConfig
     from pipeline.mistakes import option_mistake
 
     given = {name: value for name, value in vars(options).items() if name in BackfillConfig.model_fields}
@@ -69,7 +69,7 @@ def backfill_config(options: argparse.Namespace) -> BackfillConfig:
 
 def run(options: argparse.Namespace) -> None:
     """Do what the options ask for."""
-    from pipeline.backfilling import StoredVectors, backfill, prune, roll_back
+    from pipeline.backfill.moving import StoredVectors, backfill, prune, roll_back
 
     if "vectors" not in options:
         (roll_back if "rollback" in options else prune)(options.gallery)

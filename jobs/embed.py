@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.embed import EmbedConfig
-    from pipeline.embed_parts import Parts
+    from pipeline.embedding.parts import Parts
     from pipeline.generation import Generation
 
 
@@ -105,7 +105,7 @@ def find_parts(options: argparse.Namespace, config: RunConfig | None) -> Parts:
     from pipeline.data.sources import FolderSource, FolderSourceConfig, ListSource, ListSourceConfig
     from pipeline.data.store import is_remote
     from pipeline.data.store_remote import StoreConfig
-    from pipeline.embed_parts import ShardParts, SourceParts
+    from pipeline.embedding.parts import ShardParts, SourceParts
     from pipeline.errors import ConfigError
 
     if options.data is not None:

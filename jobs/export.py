@@ -5,7 +5,7 @@ python jobs/export.py --artefact FOLDER --out FOLDER                       where
 python jobs/export.py ... --formats onnx,torch                             only these
 
 NAME.onnx and NAME.pt2 take float32 pixels of 0 to 255, (batch, channels, side, side), and give unit vectors: what is
-left to do is to resize images to side x side. NAME.safetensors holds the weights alone. See pipeline/exporting.py.
+left to do is to resize images to side x side. NAME.safetensors holds the weights alone. See pipeline.export.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 def run(arguments: argparse.Namespace) -> None:
     """Export, and print a line for each file."""
     from pipeline.config import load_config
-    from pipeline.exporting import export, parse_formats
+    from pipeline.export.exporting import export, parse_formats
     from pipeline.generation import Generation
 
     formats = parse_formats(arguments.formats)

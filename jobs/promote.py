@@ -21,18 +21,18 @@ def run(arguments: argparse.Namespace) -> None:
     from pipeline.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from pipeline import promotion
+    from pipeline.promotion import promoting
     from pipeline.registry_opening import open_registry
 
     registry = open_registry(config)
     names = tuple(arguments.live.split(",")) if arguments.live else ()
-    galleries = promotion.Galleries(tuple(arguments.gallery), names)
+    galleries = promoting.Galleries(tuple(arguments.gallery), names)
     if arguments.unlock:
-        promotion.unlock(registry)
+        promoting.unlock(registry)
     elif arguments.rollback:
-        promotion.rollback(registry, galleries)
+        promoting.rollback(registry, galleries)
     else:
-        promotion.promote(registry, arguments.generation, config.evaluation.judged, galleries, arguments.margin)
+        promoting.promote(registry, arguments.generation, config.evaluation.judged, galleries, arguments.margin)
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.search_index import IndexConfig
+    from pipeline.gallery.index import IndexConfig
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,8 +57,8 @@ def index_config(options: argparse.Namespace) -> IndexConfig:
     """
     import pydantic
 
+    from pipeline.gallery.index import IndexConfig
     from pipeline.mistakes import option_mistake
-    from pipeline.search_index import IndexConfig
 
     try:
         return IndexConfig(**{name: value for name, value in vars(options).items() if name in IndexConfig.model_fields})
@@ -80,7 +80,7 @@ def build_gallery(options: argparse.Namespace) -> None:
 
 def query_gallery(options: argparse.Namespace) -> None:
     """Search, and print or write what was found."""
-    from pipeline.hits import print_hits, write_hits
+    from pipeline.gallery.hits import print_hits, write_hits
     from pipeline.recorded_verdicts import recorded_verdicts
     from pipeline.search import Gallery
     from pipeline.vectors import read_vectors, vector_files

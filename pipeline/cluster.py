@@ -203,7 +203,7 @@ class _Observer(_Silence):
     """Rank 0's: posts to the driver's board and to the tracking server, and waits for neither."""
 
     def __init__(self, plan: Plan, board: Any) -> None:
-        from pipeline.registry_tracker import MlflowTracker
+        from pipeline.tracking.tracker import MlflowTracker
 
         self.name, self.board, self.tracker = plan.record.name, board, MlflowTracker(plan.tracking_uri, plan.run_id)
         board.post.remote(self.name, 0, {})

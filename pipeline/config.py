@@ -30,8 +30,8 @@ from pipeline.mistakes import mistakes
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.margins import MarginConfig
-from pipeline.registry_store import TrackingConfig
 from pipeline.schema import Config
+from pipeline.tracking.store import TrackingConfig
 from pipeline.training.trainer import TrainingConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

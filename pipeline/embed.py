@@ -19,10 +19,10 @@ from pydantic import Field
 
 from pipeline.cluster import connect
 from pipeline.console import bar
-from pipeline.embed_actor import Job, embed_here, embed_on_ray
-from pipeline.embed_output import Header, Output, PartRecord
-from pipeline.embed_parts import Parts
-from pipeline.embed_worker import too_many
+from pipeline.embedding.actor import Job, embed_here, embed_on_ray
+from pipeline.embedding.output import Header, Output, PartRecord
+from pipeline.embedding.parts import Parts
+from pipeline.embedding.worker import too_many
 from pipeline.errors import ClusterError
 from pipeline.generation import BACKBONE, SELFTEST, Generation
 from pipeline.schema import Config

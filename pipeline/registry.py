@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Literal
 
 # First of all: they set the environment that MLflow reads when it is imported.
-from pipeline import registry_records as records
-from pipeline import registry_store as store
-from pipeline.registry_records import DatasetInput
-from pipeline.registry_store import TrackingConfig, tracking_location
-from pipeline.registry_tracker import MlflowTracker  # isort: split
+from pipeline.tracking import records, store
+from pipeline.tracking.records import DatasetInput
+from pipeline.tracking.store import TrackingConfig, tracking_location
+from pipeline.tracking.tracker import MlflowTracker  # isort: split
 
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline import registry_pages as pages
-from pipeline import registry_versions as versions
 from pipeline.errors import RegistryError
 from pipeline.generation import Generation
-from pipeline.registry_verdicts import all_verdicts
-from pipeline.registry_versions import CONFIG_DIGEST, RegisteredGeneration
 from pipeline.stamp import Verdicts
+from pipeline.tracking import pages, versions
+from pipeline.tracking.verdicts import all_verdicts
+from pipeline.tracking.versions import CONFIG_DIGEST, RegisteredGeneration
 
 __all__ = ["DatasetInput", "MlflowTracker", "RegisteredGeneration", "Registry", "TrackingConfig", "tracking_location"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.generation import Generation
 from pipeline.registry import Registry
-from pipeline.registry_pages import log_page
-from pipeline.registry_verdicts import findings_of, self_test_tag, verdict_tags
+from pipeline.tracking.pages import log_page
+from pipeline.tracking.verdicts import findings_of, self_test_tag, verdict_tags
 
 
 def record_evaluation(

@@ -19,9 +19,9 @@ import pyarrow as pa
 from pipeline.embedding_files import repeated
 from pipeline.errors import DataError
 from pipeline.evaluation.exact import Rows, blocks
-from pipeline.hits import Hits
-from pipeline.search_index import IndexConfig, Segment
-from pipeline.search_store import GalleryFolder, GalleryRecord
+from pipeline.gallery.hits import Hits
+from pipeline.gallery.index import IndexConfig, Segment
+from pipeline.gallery.store import GalleryFolder, GalleryRecord
 from pipeline.stamp import Stamp, Verdicts
 from pipeline.vectors import Vectors
 

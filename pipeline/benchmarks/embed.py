@@ -21,10 +21,10 @@ from pipeline.data.loader import iterate_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.preprocess import PreprocessConfig
 from pipeline.data.store_remote import StoreConfig
-from pipeline.embed_actor import CALLS
-from pipeline.embed_output import Header, Output
-from pipeline.embed_parts import ShardParts
-from pipeline.embed_worker import PartEmbedder
+from pipeline.embedding.actor import CALLS
+from pipeline.embedding.output import Header, Output
+from pipeline.embedding.parts import ShardParts
+from pipeline.embedding.worker import PartEmbedder
 from pipeline.model.backbones import BackboneConfig, build_backbone
 from pipeline.schema import Config
 from pipeline.stamp import Stamp

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.promotion.lock import RowLock, lock_of
 from pipeline.registry import Registry
-from pipeline.registry_lock import RowLock, lock_of
 from tests.e2e.servers import mlflow_server
 from tests.unit.families import Family
 from tests.unit.test_promotion import config_file, promote_two_at_once

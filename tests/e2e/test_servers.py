@@ -23,7 +23,7 @@ from pipeline.errors import RegistryError
 from pipeline.files import file_sha256
 from pipeline.generation import RECORD
 from pipeline.registry import RegisteredGeneration, Registry
-from pipeline.registry_store import TrackingConfig, tracking_location
+from pipeline.tracking.store import TrackingConfig, tracking_location
 from tests.e2e.cluster import free_ports
 from tests.e2e.servers import S3_ACCESS, Postgres, Server, eventually, mlflow_server, postgres, s3_server
 from tests.faulty import FaultyProxy

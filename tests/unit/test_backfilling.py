@@ -13,16 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import backfill as job
-from pipeline.backfill_curve import Judge
-from pipeline.backfill_order import OrderConfig, ambiguity, counts_of, keys_in_order
-from pipeline.backfilling import BackfillConfig, StoredVectors, backfill, prune, roll_back
+from pipeline.backfill.curve import Judge
+from pipeline.backfill.moving import BackfillConfig, StoredVectors, backfill, prune, roll_back
+from pipeline.backfill.order import OrderConfig, ambiguity, counts_of, keys_in_order
 from pipeline.errors import DataError
 from pipeline.evaluation import backfill as evaluated
 from pipeline.evaluation.figures import Images
 from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.gallery.index import IndexConfig
+from pipeline.gallery.store import GalleryFolder
 from pipeline.search import Gallery
-from pipeline.search_index import IndexConfig
-from pipeline.search_store import GalleryFolder
 from pipeline.stamp import Verdicts
 from pipeline.vectors import Vectors, write_vectors
 from tests.unit.embeddings import GROUP, IDENTITY, embed

@@ -33,9 +33,9 @@ from pipeline.data.sources import (
 )
 from pipeline.data.store_remote import StoreConfig
 from pipeline.embed import EmbedConfig, embed
-from pipeline.embed_output import Header, Output, PartRecord
-from pipeline.embed_parts import Images, Parts, ShardParts, SourceParts
-from pipeline.embed_worker import PartEmbedder
+from pipeline.embedding.output import Header, Output, PartRecord
+from pipeline.embedding.parts import Images, Parts, ShardParts, SourceParts
+from pipeline.embedding.worker import PartEmbedder
 from pipeline.errors import ClusterError, DataError, GenerationError
 from pipeline.generation import Generation
 from pipeline.identities import IdentityTable

@@ -23,8 +23,8 @@ from pipeline.data.decoding import Decoder
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
 from pipeline.data.reading import Work
 from pipeline.errors import ConfigError, DataError, GenerationError
-from pipeline.exported import read_exported_stamp
-from pipeline.exporting import FORMATS, PREPROCESS, Format, export, parse_formats
+from pipeline.export.exported import read_exported_stamp
+from pipeline.export.exporting import FORMATS, PREPROCESS, Format, export, parse_formats
 from pipeline.generation import BACKBONE, Generation, GenerationRecord, complete, seal, write_classifier_part
 from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig, build_backbone

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 
-from pipeline import lineage_picture
-from pipeline.lineage_picture import CROSS, FAILED, HELD, MOST, TICK, UNJUDGED, Edge, plot_lineage
+from pipeline.tracking import lineage_picture
+from pipeline.tracking.lineage_picture import CROSS, FAILED, HELD, MOST, TICK, UNJUDGED, Edge, plot_lineage
 from tests.unit.drawings import keep_figures
 
 CHAIN = {f"v{n}": (f"v{n - 1}",) if n > 1 else () for n in range(1, 8)}

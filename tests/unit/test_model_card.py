@@ -9,8 +9,8 @@ from pipeline.data.preprocess import PreprocessConfig
 from pipeline.generation_record import GenerationRecord
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.margins import MarginConfig
-from pipeline.model_card import MOST, model_card
-from pipeline.registry_pages import MAX_DESCRIPTION, shortened
+from pipeline.tracking.model_card import MOST, model_card
+from pipeline.tracking.pages import MAX_DESCRIPTION, shortened
 from tests.unit.test_report import MATRIX, report_of
 
 

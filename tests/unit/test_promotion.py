@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from jobs import promote as job
 from pipeline.errors import ConfigError, DataError, PromotionRefusedError, RegistryError
 from pipeline.generation import RECORD, SELFTEST, Generation, complete
-from pipeline.promotion import Galleries, promote, rollback, unlock
+from pipeline.promotion.lock import BesideLock, RowLock, lock_of, promoting
+from pipeline.promotion.promoting import Galleries, promote, rollback, unlock
+from pipeline.promotion.serving import HISTORY, MAX_HISTORY, Move, Serving
 from pipeline.registry import Registry
-from pipeline.registry_lock import BesideLock, RowLock, lock_of, promoting
-from pipeline.registry_serving import HISTORY, MAX_HISTORY, Move, Serving
 from pipeline.stamp import Stamp
 from pipeline.vectors import Vectors, write_vectors
 from tests.unit.families import CONFIG, Family

@@ -17,7 +17,6 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, RunInputs
 
-from pipeline import registry_records
 from pipeline.data.preprocess import PreprocessConfig
 from pipeline.errors import ConfigError, GenerationError, RegistryError
 from pipeline.generation import RECORD, Generation, GenerationRecord, seal, write_classifier_part
@@ -25,7 +24,8 @@ from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig, build_backbone
 from pipeline.model.margins import MarginConfig
 from pipeline.registry import DatasetInput, MlflowTracker, RegisteredGeneration, Registry
-from pipeline.registry_store import TrackingConfig, metric_key, redacted, tracking_location
+from pipeline.tracking import records
+from pipeline.tracking.store import TrackingConfig, metric_key, redacted, tracking_location
 
 # MLflow's own queries, under SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -166,7 +166,7 @@ def test_a_tracker_is_built_in_another_process_from_two_strings(registry: Regist
     assert arguments == (registry.uri, run_id)
     script = (
         "import sys\n"
-        "from pipeline.registry_tracker import MlflowTracker\n"
+        "from pipeline.tracking.tracker import MlflowTracker\n"
         "assert 'mlflow' not in sys.modules, 'the training thread waits for the import of MLflow'\n"
         "tracker = MlflowTracker(sys.argv[1], sys.argv[2], system_every=0)\n"
         "for step in range(5000): tracker.log(step, {'worker': float(step)})\n"
@@ -347,7 +347,7 @@ def test_a_cut_off_registration_is_completed(
     experiment = client.get_experiment_by_name("glyphs")
     assert experiment is not None
     if reached == "metrics":
-        registry_records.log_model(client, experiment.experiment_id, run_id, generation, {"rank1": 0.5})
+        records.log_model(client, experiment.experiment_id, run_id, generation, {"rank1": 0.5})
     else:
         tags = {"generation": "v1", "digest": generation.digest}
         model = client.create_logged_model(experiment.experiment_id, "v1", run_id, tags, model_type="generation")
@@ -374,7 +374,7 @@ def test_a_cut_off_registration_is_completed(
     copy = Path(model.artifact_location.removeprefix("file://"))
     for path in generation.path.iterdir():
         assert (copy / path.name).read_bytes() == path.read_bytes()
-    assert "pipeline.registry_pyfunc" in (copy / "MLmodel").read_text()
+    assert "pipeline.tracking.pyfunc" in (copy / "MLmodel").read_text()
     assert len(outputs(client, run_id)) == 1
     assert [metric.value for metric in client.get_metric_history(run_id, "rank1")] == [0.5]
 

@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from torch.nn import functional as F
 
-from pipeline import registry_pyfunc
 from pipeline.data.finishing import write_data_set
 from pipeline.data.loader import iterate_images
 from pipeline.data.manifest import Manifest
@@ -22,6 +21,7 @@ from pipeline.generation import BACKBONE
 from pipeline.identities import IdentityTable
 from pipeline.registry import Registry
 from pipeline.stamp import Stamp
+from pipeline.tracking import pyfunc
 from tests.pictures import encode, noise, ramp
 from tests.unit.test_registry import make_generation, start
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:D
 def test_round_trip_gives_the_generations_own_features(
     registry: Registry, client: MlflowClient, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_pyfunc, "BATCH", 4)  # three batches, the last one short
+    monkeypatch.setattr(pyfunc, "BATCH", 4)  # three batches, the last one short
     generation = make_generation(tmp_path, "v1.0")
     found = registry.register(start(registry, "v1.0"), generation, {}, candidate=True)
     names = {Path(entry.path).name for entry in client.list_logged_model_artifacts(found.model_id)}
@@ -91,6 +91,6 @@ def test_a_copy_that_has_changed_is_not_loaded(registry: Registry, client: Mlflo
 
 def test_the_file_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
     stamp = Stamp.of(make_generation(tmp_path, "v1"))
-    texts = {registry_pyfunc.mlmodel("m-1", "r" * 32, 1_700_000_000_123, stamp).to_yaml() for _ in range(2)}
+    texts = {pyfunc.mlmodel("m-1", "r" * 32, 1_700_000_000_123, stamp).to_yaml() for _ in range(2)}
     assert len(texts) == 1
-    assert "loader_module: pipeline.registry_pyfunc" in texts.pop()
+    assert "loader_module: pipeline.tracking.pyfunc" in texts.pop()

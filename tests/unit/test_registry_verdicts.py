@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import registry_pages, registry_verdicts
 from pipeline.assessment import evaluate_run
 from pipeline.data.manifest import Manifest
 from pipeline.errors import DataError, RegistryError
-from pipeline.lineage_picture import Edge, Parents, plot_lineage
 from pipeline.registry import Registry
 from pipeline.registry_evaluation import record_evaluation
-from pipeline.registry_pages import MAX_DESCRIPTION, shortened
-from pipeline.registry_verdicts import Finding, read_findings, read_self_test, verdict_tags
 from pipeline.stamp import Stamp
+from pipeline.tracking import pages, verdicts
+from pipeline.tracking.lineage_picture import Edge, Parents, plot_lineage
+from pipeline.tracking.pages import MAX_DESCRIPTION, shortened
+from pipeline.tracking.verdicts import Finding, read_findings, read_self_test, verdict_tags
 from tests.unit.families import DATA, Family
 from tests.unit.test_assessment import config_of, registry_of, write_images
 from tests.unit.test_registry import make_generation, start
@@ -91,7 +91,7 @@ def test_many_ancestors_stay_within_the_tag(family: Family, monkeypatch: pytest.
     found = {f"v{n}": Finding(f"{n:064d}", True, {"rank1": (0.012345, 0.01, 0.02)}) for n in range(40)}
     whole = verdict_tags(one, found)["compatible_with"]
     for limit in (len(whole) - 1, len(whole) // 2, 500):
-        monkeypatch.setattr(registry_verdicts, "MAX_TAG", limit)
+        monkeypatch.setattr(verdicts, "MAX_TAG", limit)
         text = verdict_tags(one, found)["compatible_with"]
         assert len(text) <= limit
         back = read_findings(replace(one, tags={"compatible_with": text}))
@@ -126,7 +126,7 @@ def test_an_old_report_is_recorded_where_the_registry_does_not_know_it(
         drawn.append(name)
         plot_lineage(name, parents, edges, path)
 
-    monkeypatch.setattr(registry_pages, "plot_lineage", draw)
+    monkeypatch.setattr(pages, "plot_lineage", draw)
     record_evaluation(family.registry, family.generations, report, DATA, again=True)
     assert drawn == []
     run_id = family.registry.versions()["v2"].run_id

@@ -12,11 +12,11 @@ import pytest
 
 from jobs import search as job
 from pipeline.errors import DataError
-from pipeline.hits import Hits
+from pipeline.gallery.hits import Hits
+from pipeline.gallery.index import IndexConfig
+from pipeline.gallery.store import DIGEST, GalleryFolder
 from pipeline.schema import digest_json
 from pipeline.search import Gallery
-from pipeline.search_index import IndexConfig
-from pipeline.search_store import DIGEST, GalleryFolder
 from pipeline.stamp import Verdict, Verdicts
 from pipeline.vectors import Vectors, write_vectors
 from tests.unit.stamped import drawn, held, stamp, stamped

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.data.sources import Reject
-from pipeline.embed_parts import Parts
+from pipeline.embedding.parts import Parts
 from pipeline.embedding_files import EmbeddingFile
 from pipeline.errors import DataError
 from pipeline.files import write_json

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from pipeline.evaluation.exact import Rows, blocks, error_bound
 from pipeline.evaluation.metrics import Float32, Float64, Int64, rounded
-from pipeline.hits import Hits, by_score_then_key
+from pipeline.gallery.hits import Hits, by_score_then_key
 from pipeline.schema import Config
 from pipeline.stamp import Stamp
 from pipeline.vectors import Vectors

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # First of all: it sets the environment that MLflow reads when it is imported.
-from pipeline.registry_store import artefact_errors, metric_key, redacted, unless_there  # isort: split
+from pipeline.tracking.store import artefact_errors, metric_key, redacted, unless_there  # isort: split
 
 from mlflow import MlflowClient, entities
 
 from pipeline.errors import RegistryError
 from pipeline.generation import RECORD, Generation
-from pipeline.registry_pyfunc import mlmodel
-from pipeline.registry_versions import CONFIG_DIGEST, RegisteredGeneration
 from pipeline.stamp import Stamp
+from pipeline.tracking.pyfunc import mlmodel
+from pipeline.tracking.versions import CONFIG_DIGEST, RegisteredGeneration
 
 _PARAMS_PER_BATCH = 100
 _MAX_PARAM = 6000  # characters

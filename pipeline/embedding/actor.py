@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from pipeline import errors
-from pipeline.embed_output import Output, PartRecord
-from pipeline.embed_parts import Parts
-from pipeline.embed_worker import PartEmbedder
+from pipeline.embedding.output import Output, PartRecord
+from pipeline.embedding.parts import Parts
+from pipeline.embedding.worker import PartEmbedder
 from pipeline.errors import ClusterError, GenerationError, PipelineError
 from pipeline.generation import Generation
 from pipeline.stamp import Stamp

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from pipeline.registry_store import connect, first_line, metric_key, redacted
+from pipeline.tracking.store import connect, first_line, metric_key, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

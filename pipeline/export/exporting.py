@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from pipeline.data.preprocess import PreprocessConfig
 from pipeline.errors import ConfigError
-from pipeline.exported import Exported, Sample
+from pipeline.export.exported import Exported, Sample
 from pipeline.files import write_atomically
 from pipeline.generation import BACKBONE, SELFTEST, Generation
 from pipeline.model.backbones import Backbone, build_backbone

@@ -22,8 +22,8 @@ from pipeline.data.decoding import Decoder, NotDecodedError, dali_refuses
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
 from pipeline.data.reading import Work, pillow_refuses
 from pipeline.data.sources import Reject
-from pipeline.embed_output import Output, PartRecord
-from pipeline.embed_parts import Images, Parts
+from pipeline.embedding.output import Output, PartRecord
+from pipeline.embedding.parts import Images, Parts
 from pipeline.errors import DataError, GenerationError
 from pipeline.vectors import Vectors
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.generation import Generation
-from pipeline.lineage_picture import Edge, plot_lineage
-from pipeline.model_card import model_card
-from pipeline.registry_store import artefact_errors
-from pipeline.registry_verdicts import read_findings
-from pipeline.registry_versions import RegisteredGeneration
+from pipeline.tracking.lineage_picture import Edge, plot_lineage
+from pipeline.tracking.model_card import model_card
+from pipeline.tracking.store import artefact_errors
+from pipeline.tracking.verdicts import read_findings
+from pipeline.tracking.versions import RegisteredGeneration
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

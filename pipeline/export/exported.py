@@ -1,4 +1,4 @@
-"""An exported model (`pipeline/exporting.py`): what it must give, and what it says of itself."""
+"""An exported model (`pipeline/export/exporting.py`): what it must give, and what it says of itself."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.console import say
 from pipeline.errors import RegistryError
 from pipeline.registry import Registry
-from pipeline.registry_store import registry_uri, sqlite_file
+from pipeline.tracking.store import registry_uri, sqlite_file
 
 POLL_SECONDS = 0.5
 

@@ -20,8 +20,8 @@ from pydantic import Field, TypeAdapter
 
 from pipeline.errors import RegistryError
 from pipeline.registry import CANDIDATE, Registry
-from pipeline.registry_versions import RegisteredGeneration
 from pipeline.schema import Config
+from pipeline.tracking.versions import RegisteredGeneration
 
 SERVING, HISTORY, GALLERIES = "serving", "promotions", "galleries"
 MAX_HISTORY = 5000  # characters of a registered model's tag, which PostgreSQL holds to; older entries are let go

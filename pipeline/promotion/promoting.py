@@ -12,12 +12,12 @@ from pathlib import Path
 
 from pipeline.console import say
 from pipeline.errors import ConfigError, DataError, GenerationError, PromotionRefusedError, RegistryError
+from pipeline.promotion.lock import lock_of, promoting
+from pipeline.promotion.serving import Kind, Serving
 from pipeline.registry import Registry
-from pipeline.registry_lock import lock_of, promoting
-from pipeline.registry_serving import Kind, Serving
-from pipeline.registry_verdicts import read_self_test
-from pipeline.registry_versions import RegisteredGeneration
 from pipeline.stamp import Stamp
+from pipeline.tracking.verdicts import read_self_test
+from pipeline.tracking.versions import RegisteredGeneration
 from pipeline.vectors import read_stamp, vector_files
 
 MARGIN = 0.5  # points

@@ -17,8 +17,8 @@ from typing import Any
 
 from pipeline.errors import RegistryError
 from pipeline.evaluation.rendering import percent
-from pipeline.registry_versions import RegisteredGeneration
 from pipeline.stamp import Verdict
+from pipeline.tracking.versions import RegisteredGeneration
 
 COMPATIBLE, INCOMPATIBLE, SELF_TEST = "compatible_with", "incompatible_with", "self_test"
 # MLflow 3.17 takes 100,000 characters in a version's tag (mlflow.utils.validation), MySQL's TEXT 65,535 bytes.

@@ -10,12 +10,12 @@ import pydantic
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from pipeline.backfill_order import best_scores
+from pipeline.backfill.order import best_scores
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Int64
 from pipeline.evaluation.plots import COLOURS, PERCENT, save_figure
 from pipeline.files import write_json
-from pipeline.hits import Hits
+from pipeline.gallery.hits import Hits
 from pipeline.schema import Config
 from pipeline.search import Gallery, search_segments
 from pipeline.stamp import Stamp

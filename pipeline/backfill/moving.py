@@ -1,8 +1,8 @@
 """Backfill: a gallery is embedded again in batches while it is searched.
 
-A batch is one new part and one swap of `gallery.json` (see `search_store`): the keys that it holds are found by their
-new vectors from then on, all others by their old ones. Killed at any moment and run again, a backfill goes on with the
-keys that are left. Until it is closed by `prune`, nothing old is deleted, and `roll_back` is one swap.
+A batch is one new part and one swap of `gallery.json` (see `pipeline.gallery.store`): the keys that it holds are found
+by their new vectors from then on, all others by their old ones. Killed at any moment and run again, a backfill goes on
+with the keys that are left. Until it is closed by `prune`, nothing old is deleted, and `roll_back` is one swap.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from pipeline.backfill_curve import Curve, Judge, draw_curve, read_curve, with_point
-from pipeline.backfill_order import OrderConfig, keys_in_order
+from pipeline.backfill.curve import Curve, Judge, draw_curve, read_curve, with_point
+from pipeline.backfill.order import OrderConfig, keys_in_order
 from pipeline.console import bar, say
 from pipeline.errors import DataError
 from pipeline.evaluation.exact import blocks
+from pipeline.gallery.index import Segment
+from pipeline.gallery.store import GalleryFolder
 from pipeline.search import Gallery
-from pipeline.search_index import Segment
-from pipeline.search_store import GalleryFolder
 from pipeline.stamp import Stamp, Verdicts
 from pipeline.vectors import Vectors, read_vectors, vector_files
 

@@ -28,8 +28,8 @@ from pydantic import Field
 from pipeline.embedding_files import IDENTITY, KEY, EmbeddingFile
 from pipeline.errors import DataError
 from pipeline.files import file_sha256, write_json, written_whole
+from pipeline.gallery.index import IndexConfig, Segment, faiss
 from pipeline.schema import Config, digest_json
-from pipeline.search_index import IndexConfig, Segment, faiss
 from pipeline.stamp import STAMP, Stamp
 from pipeline.vectors import read_stamp
 

@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from pipeline.errors import DataError
 from pipeline.evaluation.exact import blocks
 from pipeline.evaluation.metrics import Float32, Float64, Int64
-from pipeline.hits import Hits, Objects
+from pipeline.gallery.hits import Hits, Objects
+from pipeline.gallery.index import Bools, Segment
 from pipeline.schema import Config
 from pipeline.search import Gallery, search_segments
-from pipeline.search_index import Bools, Segment
 from pipeline.stamp import Stamp
 
 KEY, COUNT = "key", "count"

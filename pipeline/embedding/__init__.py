@@ -1,0 +1,1 @@
+"""Images of any kind to stamped vectors: parts, workers, actors, output."""

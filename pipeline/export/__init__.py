@@ -1,0 +1,1 @@
+"""Generations for other runtimes: ONNX, torch.export, safetensors."""

@@ -1,0 +1,1 @@
+"""What a gallery is searched by: indices, segments, their store, the hits."""

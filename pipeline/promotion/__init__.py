@@ -1,0 +1,1 @@
+"""What serves: the gates, the aliases, the lock."""
