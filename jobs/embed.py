@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--data", metavar="FOLDER|URL", help="a packed data set")
     what.add_argument("--list", type=Path, metavar="FILE", help="a .csv or .parquet with a row for each image")
     what.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of images for each identity")
+    parser.add_argument("--where", metavar="ATTRIBUTE=VALUE", help="of --data: only samples whose .json say so")
     parser.add_argument("--image-column", default="path", help="of the list: the images' paths, or the images [path]")
     parser.add_argument("--identity-column", default="identity", help="of the list [identity]")
     parser.add_argument("--skip-missing", action="store_true", help="of the list: files that are missing are no error")
@@ -54,6 +55,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--generation needs the registry: give --config FILE, or --family NAME")
     if options.overrides and options.config is None:
         parser.error("overrides are of a --config; leave them out without it")
+    if options.where is not None and (options.data is None or "=" not in options.where):
+        parser.error("--where ATTRIBUTE=VALUE goes with --data, such as --where role=gallery")
     return options
 
 
@@ -110,7 +113,9 @@ def find_parts(options: argparse.Namespace, config: RunConfig | None) -> Parts:
 
     if options.data is not None:
         location = options.data if is_remote(options.data) else str(Path(options.data).expanduser().absolute())
-        return ShardParts(location, config.data.store if config else StoreConfig())
+        attribute, _, value = (options.where or "").partition("=")
+        where = (attribute, value) if options.where else None
+        return ShardParts(location, config.data.store if config else StoreConfig(), where)
     if options.images is not None:
         return SourceParts(FolderSource(FolderSourceConfig(path=options.images)))
     if options.rows < 1:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.data.checking import EMPTY
 from pipeline.data.manifest import Manifest
 from pipeline.data.reading import ShardReader
-from pipeline.data.shards import index_path
+from pipeline.data.shards import index_path, read_attributes
 from pipeline.data.sources import ListSource, Reject, Sample, Source
 from pipeline.data.sources.base import printable
 from pipeline.data.spool import NOT_UTF8
@@ -28,6 +28,8 @@ from pipeline.data.store_remote import StoreConfig
 from pipeline.data.verify import verify
 from pipeline.embedding_files import repeated
 from pipeline.errors import DataError
+from pipeline.evaluation.metrics import Int64
+from pipeline.schema import digest_json
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class ShardParts:
     Args:
         location: the data set's folder, or a URL: s3://, gs://, http(s)://.
         store: of a URL's cache.
+        where: (attribute, value) of the samples that are wanted, as their .json say; None: all.
         digest: of the manifest; None: whichever is found.
 
     Raises:
@@ -95,22 +98,28 @@ class ShardParts:
         DataError: there is no data set, or one of another digest.
     """
 
-    def __init__(self, location: str, store: StoreConfig, digest: str | None = None) -> None:
-        self._location, self._config = location, store
+    def __init__(
+        self, location: str, store: StoreConfig, where: tuple[str, str] | None = None, digest: str | None = None
+    ) -> None:
+        self._location, self._config, self._where = location, store, where
         self._folder = metadata_folder(location, store)
         self._manifest = Manifest.load(self._folder)
-        self.digest = self._manifest.digest
-        if digest is not None and digest != self.digest:
+        if digest is not None and digest != self._manifest.digest:
             raise DataError(f"data set {location} is another one here, or changed since the start; embed it again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open it again where it is unpickled: manifest, catalogue and cache are there as well."""
-        return ShardParts, (self._location, self._config, self.digest)
+        return ShardParts, (self._location, self._config, self._where, self._manifest.digest)
 
     @property
     def name(self) -> str:
-        """The data set's."""
-        return self._manifest.name
+        """The data set's, and which of its samples."""
+        return self._manifest.name + (f", {'='.join(self._where)}" if self._where else "")
+
+    @property
+    def digest(self) -> str:
+        """The manifest's, with the condition if there is one."""
+        return digest_json([self._manifest.digest, self._where]) if self._where else self._manifest.digest
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -141,13 +150,31 @@ class ShardParts:
         """Read a shard in its order; see `Parts.read`."""
         labels = np.arange(self._manifest.identities_count)
         reader = ShardReader(self._folder, self._manifest, labels, limit=1, store=self._store)
-        total, keys = self._manifest.shards[number].samples, self._keys(number)
+        places, keys = self._places(number), self._keys(number)
         with closing(reader):
-            for start in range(0, total, size):
-                places_B = np.arange(start, min(start + size, total))
+            for start in range(0, len(places), size):
+                places_B = places[start : start + size]
                 work = reader.read(0, np.full(len(places_B), number), places_B)
                 identities = self._identities.take(pa.array(work.labels_B)).to_pylist()
-                yield Images(tuple(keys[start : start + size]), tuple(identities), work.raws)
+                yield Images(tuple(keys[place] for place in places_B), tuple(identities), work.raws)
+
+    def _places(self, number: int) -> Int64:
+        """Of the wanted samples in a shard."""
+        entry = self._manifest.shards[number]
+        if self._where is None:
+            return np.arange(entry.samples)
+        attribute, value = self._where
+        try:
+            samples = read_attributes(self._store.local(entry.name), index_path(self._folder / entry.name))
+        finally:
+            self._store.release(entry.name)
+        for key, found in samples:
+            if attribute not in found:
+                raise DataError(
+                    f"shard {entry.name}: sample {key!r} has no attribute {attribute!r} for --where; "
+                    f"its .json has {', '.join(sorted(found))}"
+                )
+        return np.flatnonzero([found[attribute] == value for _, found in samples])
 
     def _keys(self, number: int) -> list[str]:
         """Of a shard's samples, in its order, which is also the catalogue's."""

@@ -48,6 +48,7 @@ from tests.unit.test_registry import make_generation
 ROOT = Path(__file__).parents[2]
 IDENTITIES = tuple(f"id-{number}" for number in range(4))
 SIZES = (7, 5, 1, 6)
+GALLERY = (0, 3, 8, 12)  # the only one of the third shard, none of the fourth
 HERE = EmbedConfig(batch=3, actors=0)
 BROKEN = {9: b"no image at all", 10: encode(noise(10, 32), "JPEG")[:60], 18: encode(noise(18, 32))[:50]}
 
@@ -71,6 +72,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+def role(number: int) -> str:
+    return "gallery" if number in GALLERY else "query"
+
+
 def make_shards(folder: Path, broken: dict[int, bytes]) -> Manifest:
     """Pictures of noise in shards of SIZES, sample n of identity n % 4."""
     table, numbers = IdentityTable(IDENTITIES), iter(range(sum(SIZES)))
@@ -78,7 +83,10 @@ def make_shards(folder: Path, broken: dict[int, bytes]) -> Manifest:
     for size in SIZES:
         taken = [next(numbers) for _ in range(size)]
         shards.append(
-            [Sample(f"s{n:03d}", broken.get(n, encode(noise(n, 32))), "png", IDENTITIES[n % 4], {}) for n in taken]
+            [
+                Sample(f"s{n:03d}", broken.get(n, encode(noise(n, 32))), "png", IDENTITIES[n % 4], {"role": role(n)})
+                for n in taken
+            ]
         )
     return write_data_set(folder, folder.name, table, shards)
 
@@ -87,8 +95,8 @@ def v1(home: Path) -> Generation:
     return Generation(home / "v1.0")
 
 
-def shards(folder: Path) -> ShardParts:
-    return ShardParts(str(folder), StoreConfig())
+def shards(folder: Path, where: tuple[str, str] | None = None) -> ShardParts:
+    return ShardParts(str(folder), StoreConfig(), where)
 
 
 def expected(home: Path, folder: Path) -> dict[str, Float32]:
@@ -165,6 +173,23 @@ def test_every_image_has_the_generations_own_vector(home: Path, tmp_path: Path) 
     before = changes(tmp_path / "out")
     assert embed(v1(home), shards(home / "shards"), tmp_path / "out", HERE) == told
     assert changes(tmp_path / "out") == before
+
+
+def test_samples_are_chosen_by_an_attribute(home: Path, tmp_path: Path) -> None:
+    gallery, queries, of_key = tmp_path / "gallery", tmp_path / "queries", expected(home, home / "shards")
+    told = embed(v1(home), shards(home / "shards", ("role", "gallery")), gallery, HERE)
+    assert (told["rows"], told["samples"]) == (len(GALLERY), len(GALLERY))
+    there = written(gallery)
+    assert sorted(there) == [f"s{n:03d}" for n in GALLERY]
+    for key, (identity, vector) in there.items():
+        assert identity == IDENTITIES[int(key[1:]) % 4]
+        np.testing.assert_allclose(vector, of_key[key], atol=1e-5, rtol=0)
+    with pytest.raises(DataError, match=r"of data 'shards, role=gallery' .*, not 'shards, role=query'"):
+        embed(v1(home), shards(home / "shards", ("role", "query")), gallery, HERE)
+    embed(v1(home), shards(home / "shards", ("role", "query")), queries, HERE)
+    assert sorted(written(gallery) | written(queries)) == sorted(of_key)
+    with pytest.raises(DataError, match=r"'s000' has no attribute 'colour' for --where; its .json has identity"):
+        embed(v1(home), shards(home / "shards", ("colour", "red")), tmp_path / "none", HERE)
 
 
 def test_a_killed_run_is_gone_on_with(home: Path, tmp_path: Path) -> None:
