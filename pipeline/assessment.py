@@ -161,26 +161,33 @@ def assess(
 
 
 def figures_of(report: dict[str, Any], name: str) -> Sequence[tuple[str, float]]:
-    """One generation's figures: `rank1/new/old`, `update_gain/rank1/new/old`, `negative_flips/new/old`."""
+    """One generation's figures: `rank1/new on old`, `update_gain/rank1/new on old`, `negative_flips/new on old`.
+
+    MLflow groups charts by what stands before the last slash: the pairs of a metric come side by side.
+    """
     mine = f"{name}/"
     told = [
-        (f"{metric}/{pair}", value["value"])
+        (f"{metric}/{_on(pair)}", value["value"])
         for metric, row in report["matrix"].items()
         for pair, value in row.items()
         if pair.startswith(mine)
     ]
     told += [
-        (f"update_gain/{metric}/{pair}", value["value"])
+        (f"update_gain/{metric}/{_on(pair)}", value["value"])
         for pair, gains in report["update_gain"].items()
         for metric, value in gains.items()
         if pair.startswith(mine) and value is not None
     ]
     told += [
-        (f"negative_flips/{pair}", flips["negative"]["value"])
+        (f"negative_flips/{_on(pair)}", flips["negative"]["value"])
         for pair, flips in report["negative_flips"].items()
         if pair.startswith(mine)
     ]
     return [(key, value) for key, value in told if value is not None]
+
+
+def _on(pair: str) -> str:
+    return " on ".join(pair.split("/"))
 
 
 def evaluate_run(config: RunConfig, names: Sequence[str] | None = None, split: Split = "test") -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Registry:
         with self.errors("opening it"):
             self.client = store.connect(uri)
             self._experiment_id = records.ensure_experiment(self.client, uri, family, artifact_root)
-            store.unless_there(lambda: self.client.create_registered_model(family))
+            store.unless_there(self._create_model)
 
     def start_run(
         self,
@@ -163,7 +163,10 @@ class Registry:
                     self.client.delete_logged_model(model.model_id)
             for run in self.client.search_runs([self._experiment_id]):
                 self.client.delete_run(run.info.run_id)
-            self.client.create_registered_model(self.family)
+            self._create_model()
+
+    def _create_model(self) -> None:
+        self.client.create_registered_model(self.family, description=pages.about(self.family))
 
     def description(self) -> dict[str, object]:
         """Where the family is to be found: the store, the registered model, and its versions by generation."""

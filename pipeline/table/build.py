@@ -88,6 +88,6 @@ def _log(registry: Registry, measured: dict[tuple[str, str], Figures]) -> None:
     by_query: dict[str, dict[str, float]] = {}
     for (query, gallery), figures in measured.items():
         for metric, estimate in figures.items():
-            by_query.setdefault(query, {})[f"{metric}/{query}/{gallery}"] = estimate.value
+            by_query.setdefault(query, {})[f"{metric}/{query} on {gallery}"] = estimate.value
     for name, values in by_query.items():
         registry.log_evaluation(name, values)

@@ -23,8 +23,7 @@ def model_card(record: GenerationRecord, report: Report | None, model_uri: str) 
     """
     told = report if report is not None and record.name in report["generations"] else None
     parts = [
-        f"# {record.name} of {record.family}",
-        _what(record),
+        f"{record.name} of {record.family}. {_what(record)}",
         "## What it may search",
         "\n".join(_verdicts(record, told)),
         *([] if told is None else ["## How good it is", *_figures(record.name, told)]),
@@ -84,8 +83,8 @@ def _judged(name: str, report: Report) -> dict[str, Mapping[str, Any]]:
 
 def _figures(name: str, report: Report) -> Iterator[str]:
     """The self-test, and the update gain where there is a paragon."""
-    rows = [f"| {metric} | {percent(row[f'{name}/{name}'])} |" for metric, row in report["matrix"].items()]
-    yield "\n".join(["| self-test | % [95 % interval] |", "|---|---:|", *rows])
+    rows = [f"{metric} {percent(row[f'{name}/{name}'])} %" for metric, row in report["matrix"].items()]
+    yield f"Self-test, with its 95 % interval: {', '.join(rows)}."
     paragon = report["paragons"].get(name)
     for older in list(_judged(name, report))[-MOST:]:
         gains = report["update_gain"].get(f"{name}/{older}", {})

@@ -26,6 +26,16 @@ _CUT = f"\n\n*Shortened: the whole card is the artefact `{CARD}` of the run.*\n"
 Family = Mapping[str, RegisteredGeneration]
 
 
+def about(family: str) -> str:
+    """What the registered model's page says before its versions."""
+    return (
+        f"Search models of the family {family}: each version is a generation, named by its tag `generation`. "
+        "`serving` embeds the queries of today; `candidate` is the newest that may follow (`jobs/promote.py`). "
+        "Whose galleries a generation may search is on its page, in its tags `compatible_with` and "
+        "`incompatible_with`, and in the picture `lineage.png` of its run."
+    )
+
+
 def log_first_page(client: MlflowClient, generation: Generation, drafted: RegisteredGeneration, known: Family) -> str:
     """Log the artefacts of a generation that is about to become a version.
 

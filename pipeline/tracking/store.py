@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shlex
+import socket
 import sqlite3
 import ssl
 import urllib.error
@@ -44,6 +45,7 @@ PROBE_SECONDS = 5.0
 _REMOTE = ("http://", "https://")
 _NAME = re.compile(r"\w[\w.-]*")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # where a URI names none
 
 
 class TrackingConfig(Config):
@@ -155,7 +157,7 @@ def check_answers(uri: str) -> None:
     """Ask the store for a sign of life, within seconds: MLflow itself retries for a minute and more.
 
     Raises:
-        RegistryError: nothing answers at `uri`, or the sqlite file cannot be opened.
+        RegistryError: nothing answers at `uri`, the sqlite file cannot be opened, or a database's driver is missing.
     """
     try:
         if uri.startswith(_REMOTE):
@@ -164,6 +166,8 @@ def check_answers(uri: str) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(path, timeout=20)) as database:
                 database.execute("PRAGMA schema_version").fetchone()
+        else:
+            _probe_database(uri)
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "reason", None) or error
         raise RegistryError(
@@ -181,6 +185,24 @@ def _probe_server(uri: str) -> None:
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # MLFLOW_TRACKING_INSECURE_TLS may allow what we do not
             raise
+
+
+def _probe_database(uri: str) -> None:
+    """Raise OSError unless somebody listens where the database should be: its driver would wait for two minutes."""
+    from sqlalchemy.engine import make_url
+
+    address = make_url(uri)
+    dialect = address.get_dialect()
+    try:
+        dialect.import_dbapi()
+    except ImportError as error:
+        raise RegistryError(
+            f"MLflow's store {redacted(uri)} needs the Python package {error.name!r}, on every node: install it "
+            "(for postgresql://: pip install 'psycopg[binary]')"
+        ) from None
+    port = address.port or _PORTS.get(address.get_backend_name())
+    if address.host and port:  # without a host it is a socket in the file system
+        socket.create_connection((address.host, port), timeout=PROBE_SECONDS).close()
 
 
 def ui_command(uri: str, experiment_id: str) -> str:

@@ -46,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         registry = Registry(store, FAMILY, folder / "artifacts")
         family = Family.make(registry, folder)
         family.record()
-        registry.log_evaluation("v2", {"rank1/v2/v1": 0.25}, [PLOT])
+        registry.log_evaluation("v2", {"rank1/v2 on v1": 0.25}, [PLOT])
         registry.promote_candidate("v3")
         run = registry.client.get_run(registry.versions()["v2"].run_id)
         with registry.tracker(run.info.run_id) as tracker:

@@ -100,8 +100,8 @@ def test_evaluation_writes_and_logs_everything(home: Path, capsys: pytest.Captur
     uri = f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
     client = MlflowClient(uri, uri)
     logged = client.get_run(found.run_id).data.metrics
-    assert logged["rank1/v2/v1"] == report["matrix"]["rank1"]["v2/v1"]["value"]
-    assert "rank1/v1/v1" not in logged
+    assert logged["rank1/v2 on v1"] == report["matrix"]["rank1"]["v2/v1"]["value"]
+    assert "rank1/v1 on v1" not in logged
     assert {Path(item.path).name for item in client.list_artifacts(found.run_id, "plots")} == written - {"report.json"}
 
 
@@ -122,7 +122,7 @@ def test_validation_has_its_own_folder_and_names(home: Path) -> None:
     found = registry_of(home).find("v1")
     assert found is not None
     uri = f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
-    assert "validation/rank1/v1/v1" in MlflowClient(uri, uri).get_run(found.run_id).data.metrics
+    assert "validation/rank1/v1 on v1" in MlflowClient(uri, uri).get_run(found.run_id).data.metrics
 
 
 def test_mistakes_are_told(home: Path) -> None:

@@ -34,13 +34,13 @@ def record_of(**other: Any) -> GenerationRecord:
 
 def test_card_of_an_evaluated_generation() -> None:
     card = model_card(record_of(), report_of(spread=0.01), "models:/m-1")
-    assert card.startswith("# v2 of glyphs\n")
+    assert card.startswith("v2 of glyphs. Embeds grey")
     assert "Embeds grey images of 32 x 32 pixels as vectors of 128 values" in card
     assert "trained for 1,400 steps" in card
     assert "- **v1**: **compatible.** Queries of v2 may search v1's gallery as it is." in card
     assert "within chance" in card  # tar@1e-3: +0.2 [-0.8, +1.2]
     assert "Points over v1 alone: rank1 +2.1 [+1.1, +3.1], tar@1e-3 +0.2 [-0.8, +1.2]." in card
-    assert "| rank1 | 38.1 [38.1, 38.1] |" in card
+    assert "Self-test, with its 95 % interval: rank1 38.1 [38.1, 38.1] %, tar@1e-3" in card
     assert re.search(r"Update gain on v1's gallery, of what v2-paragon gains .* backfill: rank1 18\.[78] \[", card)
     assert 'mlflow.pyfunc.load_model("models:/m-1")' in card
     assert "jobs/promote.py --config FILE --generation v2" in card

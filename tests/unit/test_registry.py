@@ -292,7 +292,7 @@ def test_register_makes_a_model_with_its_files_and_a_version_with_its_lineage(
     assert (version.tags["identities"], version.tags["dim"]) == ("6", "8")
     assert version.run_id == run_id
     assert version.description is not None
-    assert version.description.startswith("# v2.1 of glyphs")
+    assert version.description.startswith("v2.1 of glyphs.")
     assert "**v1**: not judged yet" in version.description
 
     run = client.get_run(run_id)
@@ -488,6 +488,14 @@ def test_a_server_that_is_not_there_is_one_clear_line(monkeypatch: pytest.Monkey
     with pytest.raises(RegistryError, match=r"does not answer .*refused.*tracking\.uri") as caught:
         Registry(CLOSED, "glyphs")
     assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_is_not_there_or_has_no_driver_is_told_at_once() -> None:
+    port = CLOSED.rpartition(":")[2]
+    with pytest.raises(RegistryError, match=r"me:\*\*\*@127.* does not answer .*refused.*tracking\.uri"):
+        Registry(f"postgresql://me:secret@127.0.0.1:{port}/db", "glyphs")
+    with pytest.raises(RegistryError, match="needs the Python package 'psycopg2', on every node: install it"):
+        Registry(f"postgresql+psycopg2://me:secret@127.0.0.1:{port}/db", "glyphs")
 
 
 def test_a_store_that_cannot_be_opened_is_one_clear_line(tmp_path: Path) -> None:
