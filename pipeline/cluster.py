@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from ray._private.services import canonicalize_bootstrap_address
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import RunConfig
@@ -28,6 +30,7 @@ from pipeline.plan import Plan
 # times the throughput of everybody.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 POLL_S = 0.5
+PROBE_S = 5.0
 MEANS_BATCH = 256  # images at a time, where a method asks for class means
 
 Progress = Callable[[str, int, dict[str, float]], None]  # generation, steps done, figures
@@ -46,9 +49,35 @@ def connect() -> None:
     # One process less to start with each group of workers: what it would tell them, they do not listen to yet.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
-        ray.init(runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(ray_address(), runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray cannot be reached: {' '.join(str(error).split())[:300]}") from None
+
+
+def ray_address() -> str | None:
+    """What to join, as `ray.init` takes it: it would wait for minutes for a cluster that is gone.
+
+    Raises:
+        ClusterError: RAY_ADDRESS names one that does not answer.
+    """
+    named = os.environ.get("RAY_ADDRESS")
+    if (named or "").startswith("ray://"):
+        return named
+    # Or the last that `ray start` began on this machine, if any.
+    address = canonicalize_bootstrap_address(named)  # type: ignore[arg-type]
+    if address is None:
+        return None
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        if not named:
+            return "local"  # it was killed, and left its address
+        raise ClusterError(
+            f"no Ray cluster answers at RAY_ADDRESS={named} ({error.strerror or error}): start it, or unset "
+            "RAY_ADDRESS, and one is started here"
+        ) from None
+    return address
 
 
 def dashboard() -> str:
