@@ -2,14 +2,17 @@
 
 A query of a generation may search the vectors of another one only if a verdict allows it (`stamp.Verdicts`). Its score
 with an item is their cosine in the item's own dimension: a query of more dimensions is compared by its leading values,
-renormalised (Shen et al. 2020, section 3.4). Scores of all generations are put in one order.
+renormalised (Shen et al. 2020, section 3.4). Where a gallery holds several generations, the scores of the older ones
+are brought to the scale of the newest before all are put in one order (`gallery.scale`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -21,6 +24,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.exact import Rows, blocks
 from pipeline.gallery.hits import Hits
 from pipeline.gallery.index import IndexConfig, Segment
+from pipeline.gallery.scale import Scale, scales_of
 from pipeline.gallery.store import GalleryFolder, GalleryRecord
 from pipeline.stamp import Stamp, Verdicts
 from pipeline.vectors import Vectors
@@ -123,6 +127,11 @@ class Gallery:
         counts = ", ".join(f"{count:,} of {name}" for name, count in self.generations().items())
         return f"{len(self):,} keys: {counts}"
 
+    @cached_property
+    def scales(self) -> Mapping[Stamp, Scale]:
+        """What the cosines of older generations become."""
+        return scales_of(self.segments)
+
     def with_part(self, part: Segment) -> Self:
         """The gallery after a swap: the part's keys are found in it, and no longer where they were."""
         return type(self)((*(one.without(part.keys) for one in self.segments), part), self.config)
@@ -168,16 +177,26 @@ class Gallery:
             DataError: as `require`; or a query is not finite, or zero in the values that are compared.
         """
         self.require(queries.stamp, verdicts)
-        return search_segments(self.segments, queries.vectors_ND, k)
+        return self.nearest(queries.vectors_ND, k)
+
+    def nearest(self, vectors_QD: npt.NDArray[np.floating], k: int) -> Hits:
+        """As `search`, whatever the stamps say."""
+        return search_segments(self.segments, vectors_QD, k, self.scales)
 
 
-def search_segments(segments: Sequence[Segment], vectors_QD: npt.NDArray[np.floating], k: int) -> Hits:
+def search_segments(
+    segments: Sequence[Segment],
+    vectors_QD: npt.NDArray[np.floating],
+    k: int,
+    scales: Mapping[Stamp, Scale] = MappingProxyType({}),
+) -> Hits:
     """Find the k nearest over some segments, whatever their stamps say.
 
     Args:
         segments: each of at most D dimensions.
         vectors_QD: (Q, D) queries of any length.
         k: at least 1.
+        scales: of the generations whose cosines are not to be compared as they are.
 
     Raises:
         DataError: a query is not finite, or zero in the values that are compared.
@@ -189,7 +208,12 @@ def search_segments(segments: Sequence[Segment], vectors_QD: npt.NDArray[np.floa
     found = []
     for block in blocks(len(vectors_QD), QUERIES):
         unit = {dim: one[block].unit() for dim, one in rows.items()}
-        found.append(Hits.merged([segment.search(unit[segment.stamp.dim], k) for segment in searched], k))
+        parts = [segment.search(unit[segment.stamp.dim], k) for segment in searched]
+        told = [
+            one.scaled(scales[segment.stamp]) if segment.stamp in scales else one
+            for segment, one in zip(searched, parts, strict=True)
+        ]
+        found.append(Hits.merged(told, k))
     return Hits.stacked(found)
 
 

@@ -17,7 +17,7 @@ from pipeline.evaluation.plots import COLOURS, PERCENT, save_figure
 from pipeline.files import write_json
 from pipeline.gallery.hits import Hits
 from pipeline.schema import Config
-from pipeline.search import Gallery, search_segments
+from pipeline.search import Gallery
 from pipeline.stamp import Stamp
 from pipeline.vectors import Vectors
 
@@ -72,7 +72,7 @@ class Judge:
         """Share in [0, 1]."""
 
         def find(place_q: Int64, k: int) -> Hits:
-            return search_segments(gallery.segments, self.queries.vectors_ND[place_q], k)
+            return gallery.nearest(self.queries.vectors_ND[place_q], k)
 
         keys_Q, identities_Q = (
             column.to_numpy(zero_copy_only=False) for column in (self.queries.keys, self.queries.identities)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ class Hits:
 
     Attributes:
         keys_QK: (Q, K) str.
-        scores_QK: (Q, K) float32 cosines.
+        scores_QK: (Q, K) float32 cosines; in a gallery of several generations those of the older ones are brought to
+            the scale of the newest.
         generations_QK: (Q, K) str, the generation that made the vector found.
         identities_QK: (Q, K) str, empty where it is not known.
     """
@@ -39,6 +40,10 @@ class Hits:
 
     def __len__(self) -> int:
         return len(self.keys_QK)
+
+    def scaled(self, scale: Callable[[Float32], Float32]) -> Hits:
+        """The same, with other scores in the same order."""
+        return replace(self, scores_QK=scale(self.scores_QK))
 
     @classmethod
     def stacked(cls, parts: Sequence[Hits]) -> Hits:
