@@ -4,7 +4,7 @@ python jobs/embed.py --config FILE --generation v2 --data SHARDS --out FOLDER   
 python jobs/embed.py --family NAME --generation v2 --list FILE.csv --out FOLDER     a list of images: .csv or .parquet
 python jobs/embed.py --artefact FOLDER --images FOLDER --out FOLDER                 a folder with one a identity
 
-Run again, it goes on with what is missing. OUT/embed.json says what the vectors are of, and which images have none.
+Run again, it goes on with what is missing. OUT/_embed.json says what the vectors are of, and which images have none.
 """
 
 from __future__ import annotations

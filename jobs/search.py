@@ -80,6 +80,7 @@ def build_gallery(options: argparse.Namespace) -> None:
 
 def query_gallery(options: argparse.Namespace) -> None:
     """Search, and print or write what was found."""
+    from pipeline.console import say
     from pipeline.gallery.hits import print_hits, write_hits
     from pipeline.recorded_verdicts import recorded_verdicts
     from pipeline.search import Gallery
@@ -93,6 +94,7 @@ def query_gallery(options: argparse.Namespace) -> None:
         print_hits(queries.keys, hits)
     else:
         write_hits(options.out, queries.keys, hits)
+        say(f"{options.out}: what {len(queries.keys):,} queries of {queries.stamp.generation} found in {gallery}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def embed(generation: Generation, parts: Parts, out: Path, config: EmbedConfig) 
         config: how.
 
     Returns:
-        What embed.json holds (`Output.finish`).
+        What _embed.json holds (`Output.finish`).
 
     Raises:
         GenerationError: it has no backbone, has changed, or no longer gives what it gave.

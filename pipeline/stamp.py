@@ -107,7 +107,8 @@ class Verdicts:
         if verdict is None:
             raise DataError(
                 f"{pair}: no verdict is recorded that {query.generation!r} ({query.digest[:12]}) is compatible with "
-                f"{gallery.generation!r} ({gallery.digest[:12]}); evaluate them (jobs/evaluate.py), or embed again"
+                f"{gallery.generation!r} ({gallery.digest[:12]}); evaluate them (jobs/evaluate.py) if it "
+                "was trained against it, or embed again"
             )
         if not verdict.held:
             raise DataError(

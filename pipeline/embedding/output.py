@@ -1,8 +1,8 @@
-"""A folder of stamped vectors: a Parquet file a part, and embed.json, which says what they are of.
+"""A folder of stamped vectors: a Parquet file a part, and _embed.json, which says what they are of.
 
-    embed.json            stamp, data and type; at the end also the parts with their counts, and what was not embedded
+    _embed.json            stamp, data and type; at the end also the parts with their counts, and what was not embedded
     part-000000.parquet   of the first part (`pipeline/vectors.py`); none where no image of the part decodes
-    .parts/               while it is made: what embed.json will say of each part
+    .parts/               while it is made: what _embed.json will say of each part
 
 A part's record is written after its file: where both are there and fit, the part is done.
 """
@@ -28,7 +28,7 @@ from pipeline.schema import Config, digest_json
 from pipeline.stamp import Stamp
 from pipeline.vectors import Dtype, Vectors, read_stamp, write_vectors
 
-ABOUT, RECORDS, LOCK = "embed.json", ".parts", ".lock"
+ABOUT, RECORDS, LOCK = "_embed.json", ".parts", ".lock"
 ELSE = "choose another --out, or delete that folder if nobody needs it"
 
 
@@ -85,7 +85,7 @@ class Output:
         """Find what an earlier run left, and refuse what is not this run's.
 
         Returns:
-            What embed.json holds; nothing if there is none.
+            What _embed.json holds; nothing if there is none.
 
         Raises:
             DataError: the folder holds vectors of another generation, data, type or cut, or of unknown ones.
@@ -201,7 +201,7 @@ class Output:
         return record
 
     def finish(self, records: Mapping[int, PartRecord]) -> dict[str, Any]:
-        """Write embed.json as it stays.
+        """Write _embed.json as it stays.
 
         Args:
             records: of all parts, by number.

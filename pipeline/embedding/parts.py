@@ -54,7 +54,7 @@ class Parts(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the data, for messages and embed.json."""
+        """Of the data, for messages and _embed.json."""
         ...
 
     @property

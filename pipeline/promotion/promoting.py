@@ -121,7 +121,7 @@ def rollback(registry: Registry, galleries: Galleries = Galleries(), wait_second
         theirs = {**serving.galleries(wanted), **serving.galleries(now), now.name: now.digest}
         theirs.pop(wanted.name, None)
         _move(serving, now, wanted, _digests(live, wanted) if galleries else theirs, "rollback")
-    say(f"{wanted.name} serves again instead of {now.name} (version {wanted.version}), whose vectors it cannot search")
+    say(f"{wanted.name} (version {wanted.version}) serves again instead of {now.name}, whose vectors it cannot search")
 
 
 def unlock(registry: Registry) -> None:

@@ -82,10 +82,10 @@ def test_a_registered_generation_embeds_a_data_set(ray: PrivateRay, home: Path) 
 
     before = {path: path.stat().st_mtime_ns for path in (home / "vectors").iterdir()}
     artefact = next((home / "artefacts").iterdir())
-    assert Stamp.model_validate(json.loads((home / "vectors" / "embed.json").read_text())["stamp"]) == vectors.stamp
+    assert Stamp.model_validate(json.loads((home / "vectors" / "_embed.json").read_text())["stamp"]) == vectors.stamp
     again = embed(home, nobody(home), "--artefact", str(artefact), "--data", str(home / "broken"), "--dtype", "float16")
     assert again.returncode == 0, again.stderr
-    del before[home / "vectors" / "embed.json"], before[home / "vectors" / ".lock"]
+    del before[home / "vectors" / "_embed.json"], before[home / "vectors" / ".lock"]
     assert before.items() <= {path: path.stat().st_mtime_ns for path in (home / "vectors").iterdir()}.items()
     refused(embed(home, nobody(home), *registered(home, "shards")), "holds vectors of data 'broken'", "not 'shards'")
 

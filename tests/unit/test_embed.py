@@ -160,7 +160,7 @@ def embed_and_die(home: Path, out: Path) -> None:
 def test_every_image_has_the_generations_own_vector(home: Path, tmp_path: Path) -> None:
     told = embed(v1(home), shards(home / "shards"), tmp_path / "out", HERE)
     check(home, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "embed.json").read_text()) == told
+    assert json.loads((tmp_path / "out" / "_embed.json").read_text()) == told
     assert (told["samples"], told["rows"], told["rejected"], told["complete"]) == (19, 19, 0, True)
     assert [(one["part"], one["samples"]) for one in told["parts"]] == [
         (f"shard-{n:06d}.tar", size) for n, size in enumerate(SIZES)
@@ -169,7 +169,7 @@ def test_every_image_has_the_generations_own_vector(home: Path, tmp_path: Path) 
     stamp = read_vectors(vector_files(tmp_path / "out")).stamp
     assert stamp == Stamp.of(v1(home)) == Stamp.model_validate(told["stamp"])
     assert told["data_digest"] == Manifest.load(home / "shards").digest
-    assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet"} == {"embed.json", ".lock"}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".parquet"} == {"_embed.json", ".lock"}
     before = changes(tmp_path / "out")
     assert embed(v1(home), shards(home / "shards"), tmp_path / "out", HERE) == told
     assert changes(tmp_path / "out") == before
@@ -230,8 +230,8 @@ def test_what_is_cut_or_replaced_is_embedded_again(home: Path, tmp_path: Path) -
         ("generation", r"holds vectors of generation glyphs/v1 \(\w{12}\), not glyphs/v2 \(\w{12}\); choose another"),
         ("data", r"holds vectors of data 'shards' \(\w{12}\), not 'broken' \(\w{12}\); choose another --out"),
         ("dtype", "holds vectors of type float32, not float16; choose another --out"),
-        ("broken", r"embed.json cannot be read \(JSONDecodeError\); choose another --out"),
-        ("unknown", "holds part-000000.parquet, but no embed.json that tells of what; choose another --out"),
+        ("broken", r"_embed.json cannot be read \(JSONDecodeError\); choose another --out"),
+        ("unknown", "holds part-000000.parquet, but no _embed.json that tells of what; choose another --out"),
     ],
 )
 def test_another_runs_folder_is_refused(home: Path, tmp_path: Path, what: str, told: str) -> None:
@@ -239,7 +239,7 @@ def test_another_runs_folder_is_refused(home: Path, tmp_path: Path, what: str, t
     with open_output(v1(home), parts, tmp_path).alone():
         open_output(v1(home), parts, tmp_path).begin()
     (tmp_path / "part-000000.parquet").touch()
-    about = tmp_path / "embed.json"
+    about = tmp_path / "_embed.json"
     generation = Generation(home / "v2.1") if what == "generation" else v1(home)
     if what == "broken":
         about.write_text("{")
@@ -266,7 +266,7 @@ def test_images_that_do_not_decode_are_recorded(home: Path, tmp_path: Path) -> N
     out, parts = tmp_path / "out", shards(home / "broken")
     with pytest.raises(DataError, match=r"\d images have no vector, more than --limit 1; last: 's\d+' of shard-00000"):
         embed(v1(home), parts, out, EmbedConfig(batch=3, actors=0, limit=1))
-    assert not json.loads((out / "embed.json").read_text())["complete"]
+    assert not json.loads((out / "_embed.json").read_text())["complete"]
     told = embed(v1(home), parts, out, EmbedConfig(batch=3, actors=0, limit=3))
     check(home, out, tuple(BROKEN))
     assert (told["samples"], told["rows"], told["rejected"]) == (19, 16, 3)

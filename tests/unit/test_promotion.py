@@ -364,7 +364,7 @@ def test_the_job_says_what_it_did_and_exits_as_it_should(
     assert out.endswith("v3 serves instead of v1 (version 3)\n")
     code, out, err = run("--rollback")
     assert (code, err) == (0, "")
-    assert out.endswith("v1 serves again instead of v3 (version 1), whose vectors it cannot search\n")
+    assert out.endswith("v1 (version 1) serves again instead of v3, whose vectors it cannot search\n")
     code, _, err = run("--rollback", "--live", "v3")
     assert code == 2
     assert err.startswith("error: 'v1' is the first that serves")
