@@ -4,6 +4,7 @@ python jobs/benchmark.py classifier --classes 1000000 --json FILE    a training 
 python jobs/benchmark.py loader --augment full --json FILE           images a second
 python jobs/benchmark.py evaluation --task search --json FILE        seconds of an evaluation, 1:1 or 1:N
 python jobs/benchmark.py embed --backbone iresnet50 --json FILE      images a second of jobs/embed.py
+python jobs/benchmark.py backfill --gallery OLD --vectors NEW --queries FOLDER --json FILE    rank-1 while it moves
 python jobs/benchmark.py plot --out FILE.png FILE.json ...           a picture of results
 """
 
@@ -24,6 +25,7 @@ Measure = Callable[[Any, Callable[[str], None]], dict[str, Any]]
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
+    from pipeline.benchmarks.backfill import BackfillBenchmark, measure_backfill
     from pipeline.benchmarks.classifier import ClassifierBenchmark, measure_classifier
     from pipeline.benchmarks.embed import EmbedBenchmark, measure_embed
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
@@ -36,6 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("loader", "images a second", LoaderBenchmark, measure_loader),
         ("evaluation", "seconds of an evaluation", EvaluationBenchmark, measure_evaluation),
         ("embed", "images a second of embedding", EmbedBenchmark, measure_embed),
+        ("backfill", "rank-1 while a gallery moves", BackfillBenchmark, measure_backfill),
     ):
         command = commands.add_parser(name, help=help_text)
         for key, field in model.model_fields.items():

