@@ -1,7 +1,7 @@
 """A gallery in PostgreSQL with pgvector, moved from one generation to the next while it is searched.
 
 python docs/examples/pgvector.py load PLACE             vectors of jobs/embed.py; they replace those of the same keys
-python docs/examples/pgvector.py search PLACE -k 3      what each query finds, the first one printed
+python docs/examples/pgvector.py search PLACE -k 3      what each query finds, counted
 
 PLACE is a folder of vectors, or a file of it.
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import psycopg
@@ -25,7 +27,7 @@ SPREAD = """
 SELECT avg(-(a.vector <#> b.vector)), stddev_pop(-(a.vector <#> b.vector))
 FROM (SELECT * FROM gallery WHERE generation = %(newest)s ORDER BY md5(key) LIMIT %(sample)s) a,
      (SELECT * FROM gallery WHERE generation = %(other)s ORDER BY md5(key) LIMIT %(sample)s) b
-WHERE a.key <> b.key AND a.identity <> b.identity
+WHERE a.key <> b.key AND (a.identity = '' OR a.identity <> b.identity)
 """
 NEAREST = """
 SELECT key, -(vector <#> %(query)s::vector) AS cosine FROM gallery
@@ -59,6 +61,10 @@ def load(database: psycopg.Connection, place: Path) -> str:
             )
             database.execute("DROP TABLE arriving")
     counts = database.execute("SELECT generation, count(*) FROM gallery GROUP BY generation ORDER BY generation")
+    return _counts(counts.fetchall())
+
+
+def _counts(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{count:,} of {generation}" for generation, count in counts)
 
 
@@ -107,10 +113,8 @@ def main() -> None:
             print(f"gallery: {load(database, arguments.place)}")
             return
         found = search(database, arguments.place, arguments.k)
-        first = next(iter(found))
-        print(f"{len(found):,} queries; {first} found")
-        for score, key, generation in found[first]:
-            print(f"  {key}  of {generation}, {score:.4f}")
+        nearest = Counter(hits[0][2] for hits in found.values() if hits)
+        print(f"{len(found):,} queries; their nearest items: {_counts(sorted(nearest.items()))}")
 
 
 if __name__ == "__main__":

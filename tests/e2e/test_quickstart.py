@@ -19,6 +19,8 @@ from pipeline.data.typeface_packages import fetch
 from pipeline.errors import DataError
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
 from tests.e2e.grid import CELLS, build_grid
+from tests.e2e.servers import postgres
+from tests.e2e.walkthrough import differing, run, steps_in
 
 ROOT = Path(__file__).parents[2]
 PAIRS = ["v1/v1", "v2/v1", "v2/v2", "v2-paragon/v1", "v2-paragon/v2", "v2-paragon/v2-paragon"]
@@ -270,3 +272,15 @@ def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, ho
         path: path.stat().st_mtime_ns for path in (home / "runs" / "paper-table").rglob("generation.json")
     }
     assert (home / "RESULTS.md").read_text() == text
+
+
+def test_the_upgrade_of_the_docs_goes_as_it_says(report: dict[str, Any], home: Path) -> None:
+    assert report["criterion"]["v2/v1"]["held"], "the miniature is meant to be compatible"
+    instead = {"configs/quickstart.yaml": "configs/tiny.yaml", "typefaces-small": "typefaces-tiny"}
+    steps = steps_in(ROOT / "docs" / "upgrade.md")
+    assert len(steps) > 20
+    with postgres() as database:
+        names = {"BCT_HOME": str(home), "DATABASE_URL": database.uri, "RAY_ADDRESS": "127.0.0.1:1"}
+        for step in steps:
+            printed = run(step, home, {**os.environ, **names}, instead)
+            assert differing(step, printed) is None, f"{step.command}\n" + "\n".join(printed)

@@ -44,6 +44,11 @@ def steps_of(block: str) -> list[Step]:
     return steps
 
 
+def steps_in(document: Path) -> list[Step]:
+    """The commands of all blocks of a document."""
+    return [step for block in BLOCK.findall(document.read_text()) for step in steps_of(block)]
+
+
 def masked(line: str) -> str:
     """A line without what differs from run to run: numbers, digests, and how columns are filled."""
     line = re.sub(r"\b[0-9a-f]{12}\b", "#", line)
