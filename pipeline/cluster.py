@@ -25,6 +25,7 @@ from pipeline.errors import ClusterError, PipelineError
 from pipeline.generation import RECORD, Generation
 from pipeline.identities import IdentityTable
 from pipeline.plan import Plan
+from pipeline.redaction import redacted
 
 # Set before a worker imports torch. Threads that wait must sleep: on a small machine spinning ones take five to ten
 # times the throughput of everybody.
@@ -51,7 +52,7 @@ def connect() -> None:
     try:
         ray.init(ray_address(), runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"Ray cannot be reached: {' '.join(str(error).split())[:300]}") from None
+        raise ClusterError(f"Ray cannot be reached: {redacted(' '.join(str(error).split()))[:300]}") from None
 
 
 def ray_address() -> str | None:
@@ -295,7 +296,7 @@ def _short(error: BaseException) -> str:
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     told = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(told).__name__
+    return redacted(lines[-1])[:300] if lines else type(told).__name__
 
 
 def _check_resources(config: RunConfig) -> None:

@@ -30,6 +30,7 @@ from pipeline.mistakes import mistakes
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.margins import MarginConfig
+from pipeline.redaction import redacted, without_secret
 from pipeline.schema import Config
 from pipeline.tracking.store import TrackingConfig
 from pipeline.training.trainer import TrainingConfig
@@ -51,7 +52,8 @@ class DataConfig(Config):
     """Where the shards are, and how they are made where they are missing."""
 
     train: str = Field(
-        "data/train", description="folder of the training shards, relative to home, or a URL: s3://, gs://, https://"
+        "data/train",
+        description="folder of the training shards, relative to home, or a URL (s3://, gs://, https://) without keys",
     )
     test: Path | None = Field(Path("data/test"), description="folder of the held-out shards; none: no evaluation")
     validation: Path | None = Field(
@@ -70,6 +72,11 @@ class DataConfig(Config):
         "all", description="when every shard's sha256 is compared: before training, in the background, or not at all"
     )
     store: StoreConfig = StoreConfig()
+
+    @field_validator("train")
+    @classmethod
+    def _train_has_no_secret(cls, train: str) -> str:
+        return without_secret(train)
 
 
 class ClusterConfig(Config):
@@ -208,10 +215,12 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: the file is missing or no YAML, or an override is none.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"config file {path} is missing") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"config file {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds no mapping of keys to values")
@@ -238,17 +247,18 @@ def load_tree(tree: dict[str, Any], path: Path) -> RunConfig:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+        raise ConfigError(f"override {redacted(override)!r} is not of the form key.sub=value")
     *parents, last = key.split(".")
     node = tree
     for part in parents:
         if not isinstance(node.setdefault(part, {}), dict):
-            raise ConfigError(f"override {override!r}: {part} holds a value, not a section")
+            raise ConfigError(f"override {redacted(override)!r}: {part} holds a value, not a section")
         node = node[part]
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: its value is no YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        told = redacted(" ".join(str(error).split()))
+        raise ConfigError(f"override {redacted(override)!r}: its value is no YAML: {told}") from None
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

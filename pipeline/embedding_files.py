@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
+from pipeline.parquet import open_parquet, read_parquet
 
 KEY, IDENTITY, VECTOR = "key", "identity", "vector"
 ROWS = 1 << 14  # at a time
@@ -51,8 +51,8 @@ class EmbeddingFile:
         Raises:
             DataError: the file is missing, or no Parquet.
         """
-        with self._errors():
-            return int(pq.read_metadata(self.path).num_rows)
+        with self._errors(), open_parquet(self.path) as file:
+            return int(file.metadata.num_rows)
 
     @cached_property
     def dim(self) -> int:
@@ -71,7 +71,7 @@ class EmbeddingFile:
         """
         self._check_there(column)
         with self._errors():
-            values = pq.read_table(self.path, columns=[column]).column(column).combine_chunks()
+            values = read_parquet(self.path, [column]).column(column).combine_chunks()
         if pa.types.is_dictionary(values.type):
             values = values.dictionary_decode()
         if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)) or values.null_count:
@@ -89,7 +89,7 @@ class EmbeddingFile:
         """
         self._check_there(VECTOR)
         first, dim = 0, None
-        with self._errors(), pq.ParquetFile(self.path) as file:
+        with self._errors(), open_parquet(self.path) as file:
             for batch in file.iter_batches(ROWS, columns=[VECTOR]):
                 vectors_BD = self._vectors(batch.column(VECTOR), first, dim)
                 yield vectors_BD
@@ -116,8 +116,8 @@ class EmbeddingFile:
             )
 
     def _check_there(self, column: str) -> None:
-        with self._errors():
-            names = pq.read_schema(self.path).names
+        with self._errors(), open_parquet(self.path) as file:
+            names = file.schema_arrow.names
         if column not in names:
             raise DataError(f"{self.path} has no column {column!r}, but {', '.join(map(repr, names)) or 'none'}")
         if not self.rows:

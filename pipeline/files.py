@@ -22,6 +22,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that may come from anybody.
+
+    Raises:
+        ValueError: it is none, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

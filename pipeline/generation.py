@@ -19,7 +19,8 @@ whole or not at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -61,13 +62,18 @@ class Generation:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            text = (path / RECORD).read_text()
+            text = (path / RECORD).read_bytes()
         except FileNotFoundError:
             raise GenerationError(f"no generation at {path}: {RECORD} is missing; train it first") from None
+        except OSError as error:
+            raise GenerationError(f"{path / RECORD} cannot be read: {error.strerror}") from None
         try:
             self.record = GenerationRecord.model_validate_json(text)
         except pydantic.ValidationError as error:
-            raise GenerationError(f"{path / RECORD} is not a generation's record: {error.errors()[0]['msg']}") from None
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            told = f"{where!r}: {first['msg']}" if where else first["msg"]
+            raise GenerationError(f"{path / RECORD} is not a generation's record: {told}") from None
         if self.record.format != 1:
             raise GenerationError(f"{path / RECORD} has format {self.record.format}; this version reads format 1")
 
@@ -99,6 +105,26 @@ class Generation:
                 f"generation {self.record.name!r}: {path} has changed since it was written; restore it or train again"
             )
 
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file beside the record, on the CPU.
+
+        Raises:
+            GenerationError: it is missing, or no safetensors.
+        """
+        with self._errors(name):
+            return load_file(self.path / name)
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Turn into one line what a file raises whose content is not what the record says."""
+        try:
+            yield
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise GenerationError(
+                f"generation {self.record.name!r}: {self.path / name} cannot be loaded "
+                f"({' '.join(str(error).split())[:200]}); restore it or train again"
+            ) from None
+
     def identities(self) -> IdentityTable:
         """The key of each row of the classifier."""
         return IdentityTable.load(self.path / IDENTITIES)
@@ -107,7 +133,7 @@ class Generation:
         """The backbone with its weights, in evaluation mode, on the CPU.
 
         Raises:
-            GenerationError: only embeddings are left of it.
+            GenerationError: only embeddings are left of it, or its file is missing or broken.
         """
         if self.record.backbone is None:
             raise GenerationError(
@@ -115,7 +141,8 @@ class Generation:
                 "compat.method 'bct', whose prototypes are the class means of those embeddings"
             )
         backbone = build_backbone(self.record.backbone)
-        backbone.load_state_dict(load_file(self.path / BACKBONE))
+        with self._errors(BACKBONE):
+            backbone.load_state_dict(self.load_tensors(BACKBONE))
         return backbone.eval()
 
     def load_map(self, parent: str, direction: Direction) -> SpaceMap:
@@ -130,13 +157,18 @@ class Generation:
             raise GenerationError(f"generation {self.record.name!r} has no {direction} map of {parent!r}, but {told}")
         self.verify_file(MAPS)
         start = found[0].prefix
-        weights = {name: value for name, value in load_file(self.path / MAPS).items() if name.startswith(start)}
+        weights = {name: value for name, value in self.load_tensors(MAPS).items() if name.startswith(start)}
         loaded = SpaceMap(found[0])
-        loaded.load_state_dict({name.removeprefix(start): value for name, value in weights.items()})
+        with self._errors(MAPS):
+            loaded.load_state_dict({name.removeprefix(start): value for name, value in weights.items()})
         return loaded.eval()
 
     def read_classifier_rows(self, rows_K: npt.NDArray[np.int64]) -> Tensor:
-        """(K, D) float32 prototypes of the given rows, reading only the files and spans that hold them."""
+        """(K, D) float32 prototypes of the given rows, reading only the files and spans that hold them.
+
+        Raises:
+            GenerationError: a file is missing or broken.
+        """
         out = torch.empty(len(rows_K), self.record.embedding_dim)
         found = np.zeros(len(rows_K), bool)
         for name in self.record.files:
@@ -147,9 +179,9 @@ class Generation:
             if not len(inside):
                 continue
             first, last = int(rows_K[inside].min()) - start, int(rows_K[inside].max()) - start + 1
-            with safe_open(self.path / name, framework="pt") as part:
+            with self._errors(name), safe_open(self.path / name, framework="pt") as part:
                 span = part.get_slice("weight")[first:last]
-            out[torch.from_numpy(inside)] = span[torch.from_numpy(rows_K[inside] - start - first)]
+                out[torch.from_numpy(inside)] = span[torch.from_numpy(rows_K[inside] - start - first)]
             found[inside] = True
         assert found.all(), "rows outside the classifier"
         return out
@@ -164,13 +196,9 @@ class Generation:
         """
         if self.record.backbone is None:
             return 1.0
-        try:
-            stored = load_file(self.path / SELFTEST)
-            with torch.no_grad():
-                features_ND = self.load_backbone()(stored["images"])
-        except (SafetensorError, FileNotFoundError, KeyError, RuntimeError) as error:
-            raise GenerationError(f"generation {self.record.name!r} at {self.path} cannot be loaded: {error}") from None
-        cosine = float(F.cosine_similarity(features_ND, stored["features"]).min())
+        stored, backbone = self.load_tensors(SELFTEST), self.load_backbone()
+        with self._errors(SELFTEST), torch.no_grad():
+            cosine = float(F.cosine_similarity(backbone(stored["images"]), stored["features"]).min())
         if not cosine >= SELFTEST_COSINE:
             raise GenerationError(
                 f"generation {self.record.name!r} at {self.path} does not reproduce its self-test "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -12,14 +12,17 @@ from pipeline.model.maps import MapConfig
 from pipeline.model.margins import MarginConfig
 from pipeline.schema import Config
 
+# Files and folders are named after them: none of them leads out of where it is looked for.
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+
 
 class GenerationRecord(Config):
     """What generation.json holds."""
 
     format: int = Field(1, description="of this record; readers refuse those that they do not know")
-    family: str = Field(description="generations of one family share a registered model")
-    name: str = Field(description="of the generation, unique in its family")
-    parents: dict[str, str] = Field(default_factory=dict, description="digest of each parent, by name")
+    family: Name = Field(description="generations of one family share a registered model")
+    name: Name = Field(description="of the generation, unique in its family")
+    parents: dict[Name, str] = Field(default_factory=dict, description="digest of each parent, by name")
     backbone: BackboneConfig | None = Field(description="none: only embeddings are left of the model")
     preprocess: PreprocessConfig | None = Field(description="none where the backbone is")
     margin: MarginConfig
@@ -29,7 +32,7 @@ class GenerationRecord(Config):
     data_digest: str = Field(description="of the manifest of the training data, or of the imported file")
     code_version: str
     training: dict[str, float] = Field(default_factory=dict, description="steps and last losses of the run")
-    files: dict[str, str] = Field(default_factory=dict, description="sha256 of each file beside the record")
+    files: dict[Name, str] = Field(default_factory=dict, description="sha256 of each file beside the record")
     maps: tuple[MapConfig, ...] = Field((), description="between the new space and the parents'")
     dim: int | None = Field(None, gt=0, description="of the embeddings, where no backbone says it")
 

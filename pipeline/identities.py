@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.files import write_atomically
+from pipeline.parquet import read_parquet
 
 NO_ROW = -1  # "this identity has no row in that table"
 BARE = ""  # stands among a table's namespaces for keys that have none
@@ -182,7 +183,7 @@ class IdentityTable:
             DataError: the file is missing, or its column `identity` is missing, no string column or broken.
         """
         try:
-            column = pq.read_table(path, columns=["identity"]).column("identity")
+            column = read_parquet(path, ["identity"]).column("identity")
         except FileNotFoundError:
             raise DataError(f"identity table {path} is missing") from None
         except (pa.ArrowInvalid, OSError, KeyError) as error:

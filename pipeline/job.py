@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from pipeline.errors import PipelineError
+from pipeline.redaction import redacted
 
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
 
@@ -20,7 +21,7 @@ def exit_code(work: Callable[[], object], again: str = "run the same command aga
     try:
         work()
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"interrupted; {again}", file=sys.stderr)

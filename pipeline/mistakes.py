@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.errors import ConfigError
+from pipeline.redaction import redacted
 
 Location = tuple[int | str, ...]
 
@@ -32,7 +33,7 @@ def mistakes(error: pydantic.ValidationError, root: type[BaseModel]) -> Iterator
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = problem.get("input")
-            told = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            told = f" (given: {redacted(repr(given))})" if isinstance(given, (str, int, float, bool)) else ""
             yield f"{path}: {message}{told}" if path else message
 
 
@@ -42,7 +43,7 @@ def option_mistake(error: pydantic.ValidationError) -> ConfigError:
     told = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return ConfigError(told)
-    return ConfigError(f"--{str(first['loc'][0]).replace('_', '-')} {first['input']}: {told}")
+    return ConfigError(f"--{str(first['loc'][0]).replace('_', '-')} {redacted(str(first['input']))}: {told}")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """What the driver hands to the workers that train one generation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import RunConfig
@@ -9,7 +9,11 @@ from pipeline.generation import GenerationRecord
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a worker needs; paths are absolute and shared by all nodes. `data` may be a URL."""
+    """All that a worker needs; paths are absolute and shared by all nodes. `data` may be a URL.
+
+    Ray Train shows what a worker is given on its dashboard, as `repr` tells it: a URI, which may hold a password, is
+    left out.
+    """
 
     config: RunConfig
     record: GenerationRecord
@@ -19,5 +23,5 @@ class Plan:
     quarantine: Path
     destination: Path
     parents: tuple[Path, ...]
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)
     run_id: str

@@ -23,6 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.errors import RegistryError
 from pipeline.generation import Generation
+from pipeline.redaction import redacted
 from pipeline.stamp import Verdicts
 from pipeline.tracking import pages, versions
 from pipeline.tracking.verdicts import all_verdicts
@@ -171,7 +172,7 @@ class Registry:
     def description(self) -> dict[str, object]:
         """Where the family is to be found: the store, the registered model, and its versions by generation."""
         numbers = {name: int(one.version) for name, one in self.versions().items()}
-        return {"tracking_uri": store.redacted(self.uri), "model": self.family, "versions": numbers}
+        return {"tracking_uri": redacted(self.uri), "model": self.family, "versions": numbers}
 
     def versions(self) -> dict[str, RegisteredGeneration]:
         """All registered generations by name, oldest first."""
@@ -239,7 +240,7 @@ class Registry:
     @property
     def where(self) -> str:
         """The family and its store, for errors."""
-        return f"family {self.family!r} of {store.redacted(self.uri)}"
+        return f"family {self.family!r} of {redacted(self.uri)}"
 
     @contextmanager
     def errors(self, doing: str) -> Iterator[None]:
@@ -248,4 +249,4 @@ class Registry:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             told = f"{doing} failed: {store.first_line(error)}"
-            raise RegistryError(f"MLflow's store {store.redacted(self.uri)}: {told}") from None
+            raise RegistryError(f"MLflow's store {redacted(self.uri)}: {told}") from None

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from pipeline.errors import DataError
@@ -18,6 +17,7 @@ from pipeline.evaluation.exact import blocks
 from pipeline.evaluation.metrics import Float32, Float64, Int64
 from pipeline.gallery.hits import Hits, Objects
 from pipeline.gallery.index import Bools, Segment
+from pipeline.parquet import read_parquet
 from pipeline.schema import Config
 from pipeline.search import Gallery, search_segments
 from pipeline.stamp import Stamp
@@ -150,7 +150,7 @@ def counts_of(path: Path, keys: pa.Array) -> Float64:
             convert = pyarrow.csv.ConvertOptions(column_types={KEY: pa.large_string(), COUNT: pa.float64()})
             table = pyarrow.csv.read_csv(path, convert_options=convert)
         else:
-            table = pq.read_table(path)
+            table = read_parquet(path)
         for column in (KEY, COUNT):
             if column not in table.column_names:
                 raise DataError(f"{path} has no column {column!r}, but {', '.join(map(repr, table.column_names))}")

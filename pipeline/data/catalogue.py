@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +20,8 @@ from pipeline.errors import DataError
 FILE_NAME = "catalogue.npy"
 # First byte of the image in its tar, its bytes, and its identity's row in the data set's table.
 RECORD = np.dtype([("offset", "<i8"), ("size", "<u4"), ("row", "<i4")])
+# What NumPy raises of a head that is none: it parses Python's own notation.
+BROKEN = (OSError, ValueError, EOFError, SyntaxError, MemoryError, RecursionError, TokenError, OverflowError, TypeError)
 WINDOW = 1 << 20  # samples of a pass that are in memory at once: 16 MiB
 CHOSEN = 256  # shards of which the places of the samples that take part are kept, 16 KB each at 4,096 samples
 
@@ -75,11 +78,12 @@ class Catalogue:
         path = folder / FILE_NAME
         try:
             with PARSING:
-                records = np.load(path, mmap_mode="r", allow_pickle=False)
+                records = np.lib.format.open_memmap(path, mode="r")  # no pickle, and no archive
         except FileNotFoundError:
             raise DataError(f"catalogue {path} is missing; restore it, or delete the folder and pack again") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"catalogue {path} cannot be read: {error}; restore it, or pack again") from None
+        except BROKEN as error:
+            told = " ".join(str(error).split())[:200]
+            raise DataError(f"catalogue {path} cannot be read: {told}; restore it, or pack again") from None
         expected = int(shard_samples.sum())
         if records.dtype != RECORD or records.shape != (expected,):
             raise DataError(f"catalogue {path} does not list the manifest's {expected} samples; pack again")

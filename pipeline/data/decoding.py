@@ -14,6 +14,7 @@ from nvidia import dali
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.headers import too_large
 from pipeline.data.parsing import PARSING
 from pipeline.data.preprocess import AugmentConfig, Draws, PreprocessConfig, noise_bank
 from pipeline.data.reading import Work
@@ -117,9 +118,14 @@ class Decoder:
             yield work, images_BCHW
 
     def _feed(self, pipe: Any, work: Work) -> None:
-        """Hand a batch and its draws to DALI."""
+        """Hand a batch and its draws to DALI.
+
+        It makes room for what a header claims. So an image that claims too much is kept from it: DALI fails on the byte
+        in its place when the batch has its turn, and the image is found as any other that does not decode.
+        """
+        raws = [raw if too_large(raw) is None else b"\0" for raw in work.raws]
         # of arrays DALI would inspect each in Python, twice; tensors of its own it takes as they are
-        tensors = [_dali.tensors.TensorCPU(np.frombuffer(raw, np.uint8)) for raw in work.raws]
+        tensors = [_dali.tensors.TensorCPU(np.frombuffer(raw, np.uint8)) for raw in raws]
         pipe.feed_input("raw", _dali.tensors.TensorListCPU(tensors))
         for name in _inputs(self._augment, self._preprocess.channels):
             assert work.draws is not None, "an augmented batch comes with its draws"

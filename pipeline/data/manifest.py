@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from pipeline.data.verify import verify
 from pipeline.errors import DataError
-from pipeline.files import write_json
+from pipeline.files import parse_json, write_json
 from pipeline.identities import IdentityTable
 from pipeline.schema import Config, digest_json
 
@@ -18,13 +17,16 @@ FILE_NAME = "manifest.json"
 IDENTITIES = "identities.parquet"
 FORMAT = 1
 HEX = r"^[0-9a-f]{64}$"
+IN_FOLDER = r"[^/\\\x00-\x1f]"  # a letter of a file name that stays in the folder, wherever that is
 PACK = "run jobs/pack.py to pack a data set there"
 
 
 class ShardEntry(Config):
     """One shard as it was when it was packed."""
 
-    name: str = Field(pattern=r"^[^/]+\.tar$", description="File name of the tar; its index has the suffix .idx.")
+    name: str = Field(
+        pattern=rf"^{IN_FOLDER}+\.tar$", description="File name of the tar; its index has the suffix .idx."
+    )
     samples: int = Field(ge=1, description="Number of samples.")
     bytes: int = Field(ge=1, description="Bytes of the tar.")
     tar_sha256: str = Field(pattern=HEX, description="Sha256 of the tar.")
@@ -43,7 +45,9 @@ class Manifest(Config):
     source: str = Field(description="Fingerprint of the source that was packed.")
     pack: dict[str, Any] = Field(description="The config that it was packed with.")
     samples: int = Field(ge=1, description="Samples in all shards.")
-    identities_file: str = Field(default=IDENTITIES, description="File name of the identity table.")
+    identities_file: str = Field(
+        default=IDENTITIES, pattern=rf"^{IN_FOLDER}+\.parquet$", description="File name of the identity table."
+    )
     identities_digest: str = Field(pattern=HEX, description="Digest of the identity table.")
     identities_count: int = Field(ge=1, description="Rows of the identity table.")
     catalogue_sha256: str = Field(pattern=HEX, description="Sha256 of the catalogue of samples.")
@@ -61,7 +65,7 @@ class Manifest(Config):
         if not folder.is_dir():
             raise DataError(f"data set {folder} does not exist; {PACK}")
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
         except FileNotFoundError:
             what = "has no manifest.json" if any(folder.iterdir()) else "is empty"
             raise DataError(f"data set {folder} {what}; {PACK}") from None

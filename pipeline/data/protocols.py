@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
 from pipeline.files import write_atomically
+from pipeline.parquet import read_parquet
 
 GALLERY, QUERY = "gallery", "query"
 
@@ -147,7 +148,7 @@ def load_protocol(folder: Path) -> Protocol:
         if not path.exists():
             continue
         try:
-            table = pq.read_table(path)
+            table = read_parquet(path)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}; pack the data set again") from None
         if not table.schema.equals(schema):

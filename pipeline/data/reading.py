@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data.catalogue import Catalogue, Selection
+from pipeline.data.headers import too_large
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints
 from pipeline.data.preprocess import Draws
@@ -67,10 +69,14 @@ class Work:
 
 def pillow_refuses(raw: bytes) -> str | None:
     """Why Pillow does not decode an image, in one line; None if it does."""
-    try:
-        Image.open(io.BytesIO(raw)).load()
-    except UNDECODABLE as error:
-        return " ".join(str(error).split()) or type(error).__name__
+    if (reason := too_large(raw)) is not None:
+        return reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of many pixels, which are not too many
+        try:
+            Image.open(io.BytesIO(raw)).load()
+        except UNDECODABLE as error:
+            return " ".join(str(error).split()) or type(error).__name__
     return None
 
 

@@ -17,7 +17,7 @@ from webdataset import TarWriter
 from pipeline.data.sources import KEY_PATTERN, Sample
 from pipeline.data.sources.components import IMAGES, Component
 from pipeline.errors import DataError
-from pipeline.files import written_whole
+from pipeline.files import parse_json, written_whole
 
 INDEX_VERSION = "v1.2"  # of nvidia.dali's wds2idx
 NAME_BYTES = 100  # what a tar header holds of a name
@@ -150,7 +150,7 @@ def read_attributes(tar: Path, idx: Path) -> list[tuple[str, dict[str, str]]]:
         for key, components in read_components(tar, idx):
             text = _read_member(stream.fileno(), tar, key, components, "json")
             try:
-                value = json.loads(text)
+                value = parse_json(text)
             except ValueError:
                 value = None
             if not isinstance(value, dict):
@@ -195,9 +195,14 @@ def _parse(line: str) -> list[Component]:
     if len(words) % 4:
         return []
     groups = [words[first : first + 4] for first in range(0, len(words), 4)]
-    if not all(offset.isdecimal() and size.isdecimal() and int(offset) >= BLOCKSIZE for _, offset, size, _ in groups):
+    if not all(_is_count(offset) and _is_count(size) and int(offset) >= BLOCKSIZE for _, offset, size, _ in groups):
         return []
     return [Component(extension, int(offset), int(size), name) for extension, offset, size, name in groups]
+
+
+def _is_count(word: str) -> bool:
+    """Whether a word is a number of bytes that a disk can hold; Python itself refuses those of thousands of digits."""
+    return word.isdecimal() and len(word) < 19
 
 
 def _open(tar: Path) -> Any:
@@ -231,7 +236,7 @@ def _read_member(file: int, tar: Path, key: str, components: list[Component], ex
 
 
 def _row(tar: Path, key: str, label: bytes, identities: int) -> int:
-    if not label.isdigit() or int(label) >= identities:
+    if not label.isdigit() or len(label) > 18 or int(label) >= identities:
         raise DataError(
             f"shard {tar}: {key}.cls is {label[:20]!r}, not a row below {identities}; restore the shard or pack again"
         )

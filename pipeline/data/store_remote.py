@@ -1,6 +1,7 @@
 """A folder behind fsspec, read with patience: what may pass is tried again, what will not is told at once.
 
 Credentials and endpoints are fsspec's business: it reads the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+Those that stand in an http(s) URL are taken out of it, so that neither a log nor an error of fsspec's can show them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import aiohttp
 import fsspec  # type: ignore[import-untyped]
@@ -24,6 +26,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from pydantic import Field, field_validator
 
 from pipeline.errors import ConfigError, DataError
+from pipeline.redaction import redacted
 from pipeline.schema import Config
 
 RANGE = 16 << 20  # bytes of one request: what is lost to a broken connection
@@ -81,8 +84,8 @@ class Remote:
     """
 
     def __init__(self, url: str, config: StoreConfig) -> None:
-        self.url, self._config = url.rstrip("/"), config
-        self._fs, self._root = _filesystem(self.url, config)
+        self.url, self._config = redacted(url.rstrip("/")), config  # to be told
+        self._fs, self._root = _filesystem(url.rstrip("/"), config)
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -205,6 +208,7 @@ class _MissingError(DataError):
 
 def _filesystem(url: str, config: StoreConfig) -> tuple[Any, str]:
     """fsspec's file system for a URL, which leaves time-outs and retries to us, and the path in it."""
+    url, headers = _split_user(url)
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if protocol in ("s3", "s3a"):
@@ -213,13 +217,29 @@ def _filesystem(url: str, config: StoreConfig) -> tuple[Any, str]:
         options["config_kwargs"] = {**seconds, "retries": {"mode": "standard", "total_max_attempts": 1}}
     elif protocol in ("http", "https"):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s)
-        options["client_kwargs"] = {"timeout": timeout}
+        options["client_kwargs"] = {"timeout": timeout, "headers": headers}
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"data at {url} cannot be reached: {_one_line(error)}") from None
     filesystem.retries = 1
     return filesystem, str(path).rstrip("/")
+
+
+def _split_user(url: str) -> tuple[str, dict[str, str]]:
+    """An http(s) URL without its user and password, and the header that tells them.
+
+    Raises:
+        ConfigError: there is another secret in the URL.
+    """
+    parts, headers = urlsplit(url), {}
+    if parts.scheme in ("http", "https") and "@" in parts.netloc:
+        user, password = (unquote(one or "") for one in (parts.username, parts.password))
+        headers["Authorization"] = aiohttp.encode_basic_auth(user, password)
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    if redacted(url) != url:
+        raise ConfigError(f"data at {redacted(url)}: leave the secret out of the URL, and give it in the environment")
+    return url, headers
 
 
 def _status(error: BaseException) -> int | None:
@@ -235,4 +255,4 @@ def _status(error: BaseException) -> int | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": ")
+    return redacted(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": "))

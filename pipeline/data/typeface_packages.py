@@ -16,6 +16,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.errors import DataError
 
 ATTEMPTS = 3
 NPM_TIMEOUT_S = 900
+UNPACKED_BYTES = 1 << 30  # of a package; none of the pinned ones comes near it
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,11 +237,13 @@ def read_slices(family: str, tarball: Path) -> list[bytes]:
     try:
         with tarfile.open(tarball, "r:gz") as archive:
             for member in archive:
+                if archive.offset > UNPACKED_BYTES or member.size > UNPACKED_BYTES:
+                    raise tarfile.ReadError(f"it unpacks to more than {UNPACKED_BYTES:,} bytes")
                 match = pattern.fullmatch(member.name)
                 file = archive.extractfile(member) if match else None
                 if match and file:
                     slices[-1 if match[1] == "latin" else int(match[1])] = file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"typeface {family}: {tarball} cannot be read ({error}); delete it and run again") from None
     if not slices:
         raise DataError(f"typeface {family}: {tarball} holds no slice of weight {weight}; delete it and run again")

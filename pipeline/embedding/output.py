@@ -10,7 +10,6 @@ A part's record is written after its file: where both are there and fit, the par
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pipeline.data.sources import Reject
 from pipeline.embedding.parts import Parts
 from pipeline.embedding_files import EmbeddingFile
 from pipeline.errors import DataError
-from pipeline.files import write_json
+from pipeline.files import parse_json, write_json
 from pipeline.schema import Config, digest_json
 from pipeline.stamp import Stamp
 from pipeline.vectors import Dtype, Vectors, read_stamp, write_vectors
@@ -96,7 +95,7 @@ class Output:
                 raise DataError(f"{self.folder} holds {strangers[0].name}, but no {ABOUT} that tells of what; {ELSE}")
             return {}
         try:
-            told: dict[str, Any] = json.loads(path.read_bytes())
+            told: dict[str, Any] = parse_json(path.read_bytes())
             theirs = Header.model_validate({name: told[name] for name in Header.model_fields})
         except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's error is a ValueError
             raise DataError(f"{path} cannot be read ({type(error).__name__}); {ELSE}") from None
@@ -160,7 +159,7 @@ class Output:
         """The record of a part whose file is there as it was written; None if it is to be embedded."""
         path, note = self.file(number), self._note(number)
         try:
-            record = PartRecord.model_validate(json.loads(note.read_bytes()) if note.exists() else told)
+            record = PartRecord.model_validate(parse_json(note.read_bytes()) if note.exists() else told)
             if record.part != self._parts[number]:
                 return None
             if not record.rows:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from pipeline.data.checking import EMPTY
 from pipeline.data.manifest import Manifest
@@ -29,6 +28,8 @@ from pipeline.data.verify import verify
 from pipeline.embedding_files import repeated
 from pipeline.errors import DataError
 from pipeline.evaluation.metrics import Int64
+from pipeline.parquet import read_parquet
+from pipeline.redaction import redacted
 from pipeline.schema import digest_json
 
 
@@ -105,7 +106,9 @@ class ShardParts:
         self._folder = metadata_folder(location, store)
         self._manifest = Manifest.load(self._folder)
         if digest is not None and digest != self._manifest.digest:
-            raise DataError(f"data set {location} is another one here, or changed since the start; embed it again")
+            raise DataError(
+                f"data set {redacted(location)} is another one here, or changed since the start; embed it again"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open it again where it is unpickled: manifest, catalogue and cache are there as well."""
@@ -142,8 +145,8 @@ class ShardParts:
         keys = pa.chunked_array([pa.array(self._keys(number)) for number in range(len(self.names))], pa.string())
         if (twice := repeated(keys)) is not None:
             raise DataError(
-                f"data set {self._location}: two samples have the key {twice!r}, but a vector is found by its key; "
-                "pack the tars anew (jobs/pack.py without --adopt), which makes keys unique"
+                f"data set {redacted(self._location)}: two samples have the key {twice!r}, but a vector is found by "
+                "its key; pack the tars anew (jobs/pack.py without --adopt), which makes keys unique"
             )
 
     def read(self, number: int, size: int) -> Generator[Images, None, None]:
@@ -244,7 +247,7 @@ def _paths(source: ListSource) -> pa.ChunkedArray | None:
     """The paths that a list names; None if it holds the images themselves, whose keys are the rows' numbers."""
     column = source.config.image_column
     if source.path.suffix.lower() == ".parquet":
-        paths = pq.read_table(source.path, columns=[column]).column(0)
+        paths = read_parquet(source.path, [column]).column(0)
         return paths if pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type) else None
     convert = pa.csv.ConvertOptions(column_types={column: pa.string()}, include_columns=[column])
     return pa.csv.read_csv(

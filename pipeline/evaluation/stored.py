@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline.console import say
 from pipeline.errors import DataError, GenerationError
 from pipeline.generation import Generation
+from pipeline.parquet import read_parquet
 
 TEST, KEYS = "test.safetensors", "test-keys.parquet"
 
@@ -58,7 +59,7 @@ def stored_vectors(generation: Generation, keys: Sequence[str], data: Path) -> F
     generation.verify_file(KEYS)
     try:
         vectors_MD: Float32 = load_file(generation.path / TEST)["embeddings"]
-        stored = pq.read_table(generation.path / KEYS).column("key").combine_chunks()
+        stored = read_parquet(generation.path / KEYS, ["key"]).column("key").combine_chunks()
     except (SafetensorError, pa.ArrowException, KeyError, OSError) as error:
         raise GenerationError(f"generation {record.name!r} at {generation.path} cannot be read: {error}") from None
     place_N = pc.fill_null(pc.index_in(pa.array(keys, pa.large_string()), value_set=stored), -1).to_numpy()

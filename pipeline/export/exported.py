@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ from pipeline.generation import SELFTEST, Generation
 from pipeline.stamp import STAMP, Stamp
 
 LEAST_COSINE = 0.9999  # kernels that are fused otherwise move it by 1e-6
+STAMP_BYTES = 1 << 16  # no stamp is longer
 BATCHES = (1, 3, 8)  # at which an export is compared
 
 
@@ -57,7 +58,7 @@ class Sample:
     @classmethod
     def of(cls, generation: Generation, backbone: nn.Module, preprocess: PreprocessConfig) -> Sample:
         """At least as many images as the largest batch; a few are repeated until they are."""
-        images_NCHW = load_file(generation.path / SELFTEST)["images"]
+        images_NCHW = generation.load_tensors(SELFTEST)["images"]
         images_NCHW = images_NCHW.repeat(-(-max(BATCHES) // len(images_NCHW)), 1, 1, 1)
         before = preprocess.margin
         margins = (before, preprocess.resize - preprocess.size - before) * 2
@@ -130,12 +131,14 @@ def _onnx(path: Path) -> str | None:
 
 
 def _torch(path: Path) -> str | None:
-    """From the archive's folder `extra`: torch.export.load would build the whole program for it."""
+    """From the archive's folder `extra`: torch.export.load would unpickle what is in the others."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found = [name for name in archive.namelist() if name.endswith(f"/extra/{STAMP}")]
-            return archive.read(found[0]).decode() if found else None
-    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+            found = next((one for one in archive.infolist() if one.filename.endswith(f"/extra/{STAMP}")), None)
+            if found is not None and found.file_size > STAMP_BYTES:  # more than that is never unpacked
+                raise zipfile.BadZipFile(f"its stamp claims {found.file_size:,} bytes")
+            return archive.read(found).decode() if found else None
+    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, NotImplementedError, RuntimeError, OSError) as error:
         raise _broken(path, error) from None
 
 

@@ -13,11 +13,11 @@ swap the other way, since no part is changed or deleted until the backfill is cl
 from __future__ import annotations
 
 import fcntl
-import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +27,14 @@ from pydantic import Field
 
 from pipeline.embedding_files import IDENTITY, KEY, EmbeddingFile
 from pipeline.errors import DataError
-from pipeline.files import file_sha256, write_json, written_whole
+from pipeline.files import file_sha256, parse_json, write_json, written_whole
 from pipeline.gallery.index import IndexConfig, Segment, faiss
 from pipeline.schema import Config, digest_json
 from pipeline.stamp import STAMP, Stamp
 from pipeline.vectors import read_stamp
 
 DIGEST = "digest"
+_READING = threading.Lock()  # FAISS's limits are the process's
 
 
 class Part(Config):
@@ -80,7 +81,7 @@ class GalleryFolder:
         except OSError:
             raise DataError(f"{self.path} holds no gallery (gallery.json); build one (jobs/search.py build)") from None
         try:
-            value = json.loads(text)
+            value = parse_json(text)
             if not isinstance(value, dict):
                 raise ValueError("it is no object")
             digest = value.pop(DIGEST, None)
@@ -151,10 +152,12 @@ class GalleryFolder:
                 f"{part.stamp.generation!r} ({part.stamp.digest[:12]}); build the gallery again"
             )
         file = EmbeddingFile(keys)
-        try:
-            vectors = faiss.read_index(str(index))
-        except RuntimeError as error:  # it was whole a moment ago
-            raise DataError(f"{index} cannot be read ({' '.join(str(error).split())}); try again") from None
+        vectors = _read_index(index, config)
+        if (file.rows, vectors.ntotal, vectors.d) != (part.rows, part.rows, stamp.dim):
+            raise DataError(
+                f"{index} holds {vectors.ntotal} vectors of {vectors.d} values, {keys} {file.rows} keys, not the "
+                f"{part.rows} of {stamp.dim} values of {self.record_file}; build the gallery again"
+            )
         live_N = np.ones(part.rows, np.bool_)
         return Segment(stamp, file.strings(KEY), file.strings(IDENTITY), vectors, config, live_N)
 
@@ -175,6 +178,31 @@ class GalleryFolder:
 
     def _index(self, name: str) -> Path:
         return self.parts / f"{name}.faiss"
+
+
+def _read_index(path: Path, config: IndexConfig) -> Any:
+    """Read a FAISS index as if anybody had sent it.
+
+    It claims no more than its file can hold, and maps no file but one that lies beside it: FAISS's indices may name
+    others anywhere on the disk.
+
+    Raises:
+        DataError: it is none, or not of the kind that the gallery has.
+    """
+    kinds = {"flat": faiss.IndexFlat, "ivf": faiss.IndexIVFFlat, "hnsw": faiss.IndexHNSWFlat}
+    try:
+        with _READING:
+            size = path.stat().st_size
+            faiss.set_deserialization_vector_byte_limit(2 * size)  # as much again for how FAISS counts
+            faiss.set_deserialization_loop_limit(size)
+            index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except (RuntimeError, MemoryError, OSError) as error:
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())[-200:]}); build again") from None
+    if not isinstance(index, kinds[config.kind]):
+        raise DataError(
+            f"{path} is a {type(index).__name__}, no index of kind {config.kind!r}; build the gallery again"
+        )
+    return index
 
 
 def _verify(path: Path, digest: str) -> None:

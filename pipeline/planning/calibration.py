@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.files import parse_json
 from pipeline.planning.config import PlanConfig
 
 # Without a benchmark: an NVIDIA A100 80 GB by its data sheet (dense, without TF32), and shares that are assumed.
@@ -97,7 +97,7 @@ def benchmark_rates(path: Path, config: PlanConfig) -> Rates:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text())
+        document = parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"--benchmark {path}: {error.strerror or error}") from None
     except ValueError:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # First of all: it sets the environment that MLflow reads when it is imported.
-from pipeline.tracking.store import artefact_errors, metric_key, redacted, unless_there  # isort: split
+from pipeline.tracking.store import artefact_errors, metric_key, unless_there  # isort: split
 
 from mlflow import MlflowClient, entities
 
 from pipeline.errors import RegistryError
 from pipeline.generation import RECORD, Generation
+from pipeline.redaction import redacted
 from pipeline.stamp import Stamp
 from pipeline.tracking.pyfunc import mlmodel
 from pipeline.tracking.versions import CONFIG_DIGEST, RegisteredGeneration
@@ -76,7 +77,7 @@ def log_inputs(
         dataset.name,
         dataset.digest[:_MAX_DATASET_DIGEST],
         source_type=dataset.path.split("://")[0] if "://" in dataset.path else "local",
-        source=json.dumps({"uri": dataset.path}),
+        source=json.dumps({"uri": redacted(dataset.path)}),
         profile=json.dumps(figures | json.loads(dataset.profile)),
     )
     context = entities.InputTag("mlflow.data.context", "training")

@@ -13,15 +13,17 @@ import socket
 import sqlite3
 import ssl
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.errors import ConfigError, RegistryError
+from pipeline.redaction import redacted, without_secret
 from pipeline.schema import Config
 
 if TYPE_CHECKING:
@@ -54,8 +56,14 @@ class TrackingConfig(Config):
     uri: str | None = Field(
         default=None,
         description="MLflow's tracking URI: http(s)://HOST, sqlite:////ABSOLUTE/PATH or another database. "
-        "Left out: the environment's MLFLOW_TRACKING_URI, else a sqlite file under the home, HOME/mlflow/mlflow.db.",
+        "Left out: the environment's MLFLOW_TRACKING_URI, else a sqlite file under the home, HOME/mlflow/mlflow.db. "
+        "No password: that of a server is MLFLOW_TRACKING_PASSWORD's, that of a database MLFLOW_TRACKING_URI's.",
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _uri_has_no_secret(cls, uri: str | None) -> str | None:
+        return uri and without_secret(uri)
 
 
 def tracking_location(config: TrackingConfig, home: Path) -> tuple[str, Path | None]:
@@ -84,11 +92,6 @@ def tracking_location(config: TrackingConfig, home: Path) -> tuple[str, Path | N
     return uri, base / "artifacts"
 
 
-def redacted(uri: str) -> str:
-    """The URI without a password, to be printed."""
-    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
-
-
 def metric_key(name: str) -> str:
     """The name with the characters that MLflow refuses (such as @) replaced by underscores."""
     return re.sub(r"[^\w./ :-]", "_", name)
@@ -97,7 +100,7 @@ def metric_key(name: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, shortened; MLflow's carry SQL and stack traces."""
     lines = str(error).strip().splitlines()
-    return redacted(lines[0][:300]) if lines else type(error).__name__
+    return redacted(lines[0])[:300] if lines else type(error).__name__
 
 
 def connect(uri: str) -> MlflowClient:
@@ -178,8 +181,10 @@ def check_answers(uri: str) -> None:
 
 def _probe_server(uri: str) -> None:
     """Raise OSError unless anything at all answers; whether the answer is good is MLflow's to judge."""
+    bare = urllib.parse.urlsplit(uri)
+    bare = bare._replace(netloc=bare.netloc.rpartition("@")[2])  # urllib takes a user and password for a host
     try:
-        urllib.request.urlopen(urllib.request.Request(uri, method="HEAD"), timeout=PROBE_SECONDS).close()
+        urllib.request.urlopen(urllib.request.Request(bare.geturl(), method="HEAD"), timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError as answer:
         answer.close()
     except urllib.error.URLError as error:
@@ -208,7 +213,7 @@ def _probe_database(uri: str) -> None:
 def ui_command(uri: str, experiment_id: str) -> str:
     """The shell command that opens the UI on a database, or the address of the server's UI."""
     if uri.startswith("http"):
-        return f"{uri}/#/experiments/{experiment_id}"
+        return f"{redacted(uri)}/#/experiments/{experiment_id}"
     if redacted(uri) != uri:  # a password is not to be printed
         return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI" --port 5000'
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000"

@@ -13,7 +13,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from pipeline.tracking.store import connect, first_line, metric_key, redacted
+from pipeline.redaction import redacted
+from pipeline.tracking.store import connect, first_line, metric_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

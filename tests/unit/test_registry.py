@@ -23,9 +23,10 @@ from pipeline.generation import RECORD, Generation, GenerationRecord, seal, writ
 from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig, build_backbone
 from pipeline.model.margins import MarginConfig
+from pipeline.redaction import redacted
 from pipeline.registry import DatasetInput, MlflowTracker, RegisteredGeneration, Registry
 from pipeline.tracking import records
-from pipeline.tracking.store import TrackingConfig, metric_key, redacted, tracking_location
+from pipeline.tracking.store import TrackingConfig, metric_key, tracking_location
 
 # MLflow's own queries, under SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -528,7 +529,8 @@ def test_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")
     assert tracking_location(TrackingConfig(), tmp_path) == ("http://host:5000", None)
     postgres = "postgresql+psycopg2://me:secret@host/db"
-    assert tracking_location(TrackingConfig(uri=postgres), tmp_path) == (postgres, artifacts)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres)
+    assert tracking_location(TrackingConfig(), tmp_path) == (postgres, artifacts)
     for bad in ("file:///tmp/mlruns", "./mlruns", "mlruns"):
         with pytest.raises(ConfigError, match="neither a server nor a database"):
             tracking_location(TrackingConfig(uri=bad), tmp_path)

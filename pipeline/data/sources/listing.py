@@ -21,6 +21,7 @@ from pydantic import Field
 from pipeline.data.sources.base import EXTENSIONS, Reject, Sample, folder_key
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
+from pipeline.parquet import open_parquet
 from pipeline.schema import Config, digest_json
 
 MISSING = "file is missing"
@@ -195,7 +196,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 def _parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return open_parquet(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"list {path} cannot be read: {_line(error)}; give a Parquet file") from None
 

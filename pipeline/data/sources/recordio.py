@@ -213,7 +213,7 @@ def _identities(path: Path) -> int | None:
     if not path.is_file():
         return None
     first = path.read_text(errors="replace").split(",")[0].strip()
-    if not first.isdecimal():
+    if not first.isdecimal() or len(first) > 18:
         raise DataError(
             f"{path} begins with {first[:20]!r}, not the number of identities; fetch it again, or delete it"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pydantic import Field
 from pipeline.data.sources.base import Reject, Sample, folder_key
 from pipeline.data.sources.components import IMAGES, Component
 from pipeline.errors import DataError
+from pipeline.files import parse_json
 from pipeline.schema import Config, digest_json
 
 NOT_PLAIN = "link, device or sparse file in the tar"
@@ -187,7 +187,7 @@ def _content(found: TarSample, extension: str, file: int) -> bytes | None:
 def _about(found: TarSample, file: int) -> dict[str, object]:
     """What `.json` holds; nothing if there is none or it is no object."""
     try:
-        value = json.loads(_content(found, "json", file) or b"{}")
+        value = parse_json(_content(found, "json", file) or b"{}")
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -8,9 +8,10 @@ reading. NumPy itself never sees the pickle.
 from __future__ import annotations
 
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +27,7 @@ MALFORMED = (
     TypeError,
     ValueError,
 )
+MEMO = 1 << 24  # objects: the largest of the published sets has 14,000 images
 NUMBERS = frozenset({"b1", "u1", "i1", "i2", "i4", "i8"})
 
 
@@ -106,6 +108,13 @@ class _Unpickler(pickle.Unpickler):
         return lambda *arguments: stand_in(*arguments)  # noqa: PLW0108
 
 
+def _check_memo(stream: BinaryIO) -> None:
+    """Refuse numbers of the memo that no such file comes to: an unpickler makes room for as many objects at once."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > MEMO:
+            raise pickle.UnpicklingError(f"memo {argument}")
+
+
 def load_pickled(path: Path) -> Any:
     """Read a pickle of lists, tuples, bytes, numbers and NumPy values of bytes and numbers.
 
@@ -117,6 +126,8 @@ def load_pickled(path: Path) -> Any:
     """
     try:
         with path.open("rb") as stream:
+            _check_memo(stream)
+            stream.seek(0)
             return _Unpickler(stream, encoding="bytes").load()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -10,7 +10,6 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from pipeline.data.protocols import GALLERY, QUERY, SCHEMAS, Protocol
@@ -18,6 +17,7 @@ from pipeline.data.sources import EXTENSIONS, Sample, folder_key
 from pipeline.data.sources_eval.files import part_names, part_range, read_image, read_text_table, stamps
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
+from pipeline.parquet import read_parquet
 from pipeline.schema import Config, digest_json
 
 REQUIRED = ("path", "identity", "role")
@@ -154,7 +154,7 @@ def _read_csv(path: Path) -> pa.Table:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        table = pq.read_table(path)
+        table = read_parquet(path)
         _check_columns(path, table.schema.names)
         columns = [pc.fill_null(table[name].cast(pa.string()), "") for name in table.schema.names]
     except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
