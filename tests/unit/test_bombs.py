@@ -121,6 +121,15 @@ def test_no_decoder_makes_room_for_a_bomb(tmp_path: Path, what: str) -> None:
     refused(lambda: embedder.embed(raws), "image 2 of the request (counted from 0) does not decode: too large")
 
 
+def test_a_bomb_that_would_decode_is_not_decoded(tmp_path: Path) -> None:
+    width, height = 14_000, 13_000
+    raw = png(width, height, 1, 0, bytes((width // 8 + 1) * height))  # one bit a pixel; decoded, eight times as much
+    assert len(raw) < 30_000
+    write_data_set(tmp_path, "bomb", IdentityTable(("id",)), [[Sample("s0", raw, "png", "id", {})]])
+    manifest, preprocess = Manifest.load(tmp_path), PreprocessConfig(size=16, resize=16)
+    refused(lambda: list(iterate_images(tmp_path, manifest, preprocess, 1)), "too large: it claims 182,000,000 pixels")
+
+
 def test_an_array_that_claims_terabytes_is_not_mapped(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     np.save(path, np.zeros(3, np.int8))
