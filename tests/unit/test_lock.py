@@ -72,7 +72,7 @@ def test_the_bill_of_materials_lists_the_lock(tmp_path: Path, locked: dict[str, 
     told: dict[str, Any] = json.loads((tmp_path / "s.json").read_bytes())
     assert (told["bomFormat"], told["metadata"]["component"]["name"]) == ("CycloneDX", "bct-pipeline")
     assert float(told["specVersion"]) >= 1.5
-    parts = {canonicalize_name(part["name"]): part for part in told["components"]}
+    parts = {str(canonicalize_name(part["name"])): part for part in told["components"]}
     assert parts.keys() == locked.keys()
     for name, (version, hashes) in locked.items():
         assert parts[name]["type"] == "library"
