@@ -209,11 +209,13 @@ def _train_one(plan: Plan, board: Any) -> None:
             start_step=start_step,
             store=store,
             quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
+            patience_s=generation.training.guards.loader_timeout_s,
         )
 
     observer = _Observer(plan, board) if dist.get_rank() == 0 else _Silence()
     with observer, closing(store):
-        train(trainer, open_loader, observer, plan.checkpoints, plan.destination, plan.record, identities)
+        places = plan.checkpoints, plan.destination
+        train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine)
 
 
 class _Silence:

@@ -176,6 +176,9 @@ class RunConfig(Config):
         generation = self.generations[name].model_dump(mode="json", exclude={"paragon_of"})
         generation["training"].pop("checkpoint_every")
         generation["training"].pop("log_every")
+        guards = generation["training"].pop("guards")
+        if guards["rewind"]:  # the others end a run, or let it go on, but do not change it
+            generation["training"]["rewind"] = {key: guards[key] for key in ("spike_factor", "rewind_limit")}
         order = self.data.order.model_dump(mode="json")
         return {
             **generation,

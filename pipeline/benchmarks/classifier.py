@@ -154,12 +154,14 @@ def _our_step(
 ) -> Step:
     def forward(number: int) -> Tensor:
         classifier.parents = tuple(heads)
-        classifier.update = partial(rows.apply, rate=RATE) if config.fused else None
+        classifier.fused = config.fused
         labels_B = _labels(config, number, features_BD.device)
         return classifier(features_BD, labels_B, [config.batch], number).sum()
 
     def update() -> None:
-        if not config.fused:
+        if config.fused:
+            classifier.spend(partial(rows.apply, rate=RATE))
+        else:
             rows.step(classifier.gradient.columns, classifier.gradient.total(None), RATE)
             classifier.gradient.clear()
 

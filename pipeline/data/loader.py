@@ -6,11 +6,10 @@ batch is a pure function of (data set, seed, step), and a rank's part of it does
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,13 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints, OrderConfig, batch_positions, resume_step
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters
 from pipeline.data.quarantine import Quarantine
+from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reading import ShardReader, UndecodableError, Work, pillow_refuses
 from pipeline.data.store import ShardFiles
 from pipeline.errors import DataError
 from pipeline.identities import NO_ROW, IdentityTable
 
 REPLACEMENT_STRIDE = 7919  # places in the epoch from a sample in quarantine to its replacement; a prime
-READ_AHEAD = 2  # batches read before DALI asks for them
 
 
 @dataclass(frozen=True)
@@ -40,45 +39,45 @@ class Batch:
         images_BCHW: (B, channels, size, size) float32, normalised, on the loader's device, channels last in memory.
         labels_B: (B,) int64 rows of the run's identity table, on the same device.
         step: number of the global batch, from 0.
+        find_keys: names the samples, by another look at their shards.
     """
 
     images_BCHW: Tensor
     labels_B: Tensor
     step: int
+    find_keys: Callable[[], list[str]]
 
-
-def _read_ahead(read: Callable[[int], Work], numbers: Iterable[int], pool: ThreadPoolExecutor) -> Iterator[Work]:
-    """Call `read` for each number, in order, READ_AHEAD of them before they are asked for."""
-    numbers = iter(numbers)
-    ahead = deque(pool.submit(read, number) for number in islice(numbers, READ_AHEAD))
-    while ahead:
-        work = ahead.popleft().result()
-        ahead.extend(pool.submit(read, number) for number in islice(numbers, 1))
-        yield work
+    def keys(self) -> list[str]:
+        """Names of the samples in their shards, in the order of the images."""
+        return self.find_keys()
 
 
 def _decoded(
-    reader: ShardReader, decoder: Decoder, read: Callable[[int], Work], numbers: Iterable[int]
+    reader: ShardReader,
+    decoder: Decoder,
+    read: Callable[[int], Work],
+    numbers: Iterable[int],
+    patience_s: float | None = None,
 ) -> Iterator[tuple[Work, Tensor]]:
     """Read and decode batches, and close the reader at the end.
 
     Raises:
-        DataError: a shard cannot be read.
+        DataError: a shard cannot be read, or not within `patience_s`.
         UndecodableError: a sample does not decode.
     """
-    pool = ThreadPoolExecutor(1, "shard-reader")
+    ahead = ReadAhead(read, numbers, patience_s, lambda: reader.at)
     try:
-        yield from decoder.run(_read_ahead(read, numbers, pool))
+        yield from decoder.run(ahead)
     except NotDecodedError as failure:
-        pool.shutdown(cancel_futures=True)  # the reader's files are this thread's again
+        ahead.end()  # the reader's files are this thread's again
         bad = reader.bad_samples(failure.work, pillow_refuses) or reader.bad_samples(failure.work, dali_refuses)
         if bad:
             raise UndecodableError(bad, failure.work.step) from None
         words = "; ".join(line.strip() for line in str(failure).splitlines()[-2:])
         raise DataError(f"batch {failure.work.step} was refused by DALI, though each sample decodes: {words}") from None
     finally:
-        pool.shutdown(cancel_futures=True)
-        reader.close()
+        if ahead.end():
+            reader.close()
 
 
 class TrainingLoader:
@@ -104,6 +103,7 @@ class TrainingLoader:
         store: of the shards; None: they lie in `folder`.
         quarantine: takes the samples that do not decode; each is replaced by another one of its epoch, the same on
             any number of ranks. None: such a sample ends the run.
+        patience_s: seconds that the shards of a batch are waited for; None: for ever.
 
     Raises:
         DataError: an identity is not in the data set, the data set is broken, or nothing is left to train on.
@@ -128,16 +128,18 @@ class TrainingLoader:
         start_step: int = 0,
         store: ShardFiles | None = None,
         quarantine: Quarantine | None = None,
+        patience_s: float | None = None,
     ) -> None:
         order, digest = order or OrderConfig(), manifest.digest
         self._manifest, self._device = manifest, torch.device(device)
         self._preprocess, self._augment, self._seed = preprocess, augment, seed
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         rank_batch = len(batch_positions(0, global_batch, rank, world_size))
-        self._reader = ShardReader(folder, manifest, _labels(manifest, identities), order.open_shards, store)
+        self._open_reader = partial(ShardReader, folder, manifest, _labels(manifest, identities), store=store)
+        self._reader = self._open_reader(order.open_shards)
         self._order = order_of(self._reader.selection, order, digest, seed, global_batch)
         self._decoder = Decoder(preprocess, augment, seed, rank_batch, threads, self._device)
-        self._step, self._quarantine = start_step, quarantine
+        self._step, self._quarantine, self._patience_s = start_step, quarantine, patience_s
         self._iterating = False
         self.samples = self._order.samples
         self._made_of: dict[str, int | str] = {
@@ -169,15 +171,26 @@ class TrainingLoader:
         try:
             while True:
                 try:
-                    for work, images_BCHW in _decoded(self._reader, self._decoder, self._read, count(self._step)):
+                    reading = self._reader, self._decoder, self._read, count(self._step), self._patience_s
+                    for work, images_BCHW in _decoded(*reading):
                         self._step = work.step + 1
-                        yield Batch(images_BCHW, torch.from_numpy(work.labels_B).to(self._device), work.step)
+                        labels_B = torch.from_numpy(work.labels_B).to(self._device)
+                        keys = partial(self._keys, work.shards_B, work.places_B)
+                        yield Batch(images_BCHW, labels_B, work.step, keys)
                 except UndecodableError as error:
                     if self._quarantine is None:
                         raise
                     self._quarantine.add(error.samples, error.step)  # and again from this step, with replacements
         finally:
             self._iterating = False
+
+    def _keys(self, shards_B: Ints, places_B: Ints) -> list[str]:
+        """Names of samples, by a reader of their own: the loader's is another thread's."""
+        reader = self._open_reader(1)
+        try:
+            return reader.keys(shards_B, places_B)
+        finally:
+            reader.close()
 
     def _read(self, step: int) -> Work:
         """Read this rank's part of a global batch and draw its augmentation."""

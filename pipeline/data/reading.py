@@ -107,6 +107,7 @@ class ShardReader:
         self.selection = Selection(Catalogue.load(folder, samples), rows != NO_ROW)
         self._open: OrderedDict[int, int] = OrderedDict()  # files by shard, the one used last at the end
         self._ahead: dict[int, None] = {}  # shards asked for, the first needed first
+        self.at = "none yet"  # the shard that was last opened, for whoever has waited too long for it
 
     def expect(self, shards: Ints) -> None:
         """Ask for the shards that are read now and soon, and let go of all others.
@@ -140,17 +141,24 @@ class ShardReader:
 
     def bad_samples(self, work: Work, refuses: Callable[[bytes], str | None]) -> list[BadSample]:
         """Those samples of a batch that a decoder refuses; it is asked with the bytes, and answers with the reason."""
-        bad = []
-        offsets = self.selection.records_at(work.shards_B, work.places_B)["offset"].tolist()
-        for shard, place, offset, raw in zip(
-            work.shards_B.tolist(), work.places_B.tolist(), offsets, work.raws, strict=True
-        ):
-            reason = refuses(raw)
-            if reason is not None:
-                header = os.pread(self._file(shard), BLOCKSIZE, offset - BLOCKSIZE)
-                key = TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-                bad.append(BadSample(self._shards[shard].name, place, key, reason))
-        return bad
+        reasons_B = [refuses(raw) for raw in work.raws]
+        bad = [slot for slot, reason in enumerate(reasons_B) if reason is not None]
+        shards, places = work.shards_B[bad], work.places_B[bad]
+        found = zip(shards.tolist(), places.tolist(), self.keys(shards, places), bad, strict=True)
+        return [BadSample(self._shards[s].name, place, key, reasons_B[slot] or "") for s, place, key, slot in found]
+
+    def keys(self, shards_B: Ints, places_B: Ints) -> list[str]:
+        """Names of samples in their tars, in the order asked for.
+
+        Raises:
+            DataError: a shard is missing, or not of the size that was packed.
+        """
+        names = [""] * len(shards_B)
+        offsets_B = self.selection.records_at(shards_B, places_B)["offset"].tolist()
+        for slot in np.argsort(shards_B, kind="stable").tolist():
+            header = os.pread(self._file(int(shards_B[slot])), BLOCKSIZE, offsets_B[slot] - BLOCKSIZE)
+            names[slot] = TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        return names
 
     def close(self) -> None:
         """Close every file, and let go of every shard."""
@@ -164,6 +172,7 @@ class ShardReader:
         if len(self._open) == self._limit:
             self._let_go(next(iter(self._open)))
         entry = self._shards[shard]
+        self.at = entry.name
         path = self._store.local(entry.name)
         try:
             file = os.open(path, os.O_RDONLY)

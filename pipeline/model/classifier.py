@@ -42,7 +42,7 @@ class ClassifierConfig(Config):
     shard_ranks: int | None = Field(None, ge=1, description="ranks that hold the classifier together; none: all")
     fused_update: bool | None = Field(
         None,
-        description="update each tile of prototypes in backward, so that their gradient never exists as a whole; "
+        description="update prototypes tile by tile, so that their gradient never exists as a whole; "
         "none: wherever it can be (no clipping, no accumulation, no replicas)",
     )
 
@@ -67,8 +67,8 @@ class ShardedClassifier:
     """This rank's rows of a (rows, dim) classifier, and the losses of a batch against it and its parents.
 
     The rows belong to an optimiser of this rank, not to the engine that replicates the backbone (the engine would
-    overwrite every shard with rank 0's). Their gradient is collected in `gradient`, or, where `update` is set, handed
-    to it tile by tile in backward.
+    overwrite every shard with rank 0's). Their gradient is collected in `gradient`, or, where `fused`, kept back by
+    backward and made tile by tile when `spend` asks for it.
 
     Args:
         name: of the generation being trained; the first loss.
@@ -110,7 +110,8 @@ class ShardedClassifier:
         self.weight_CD = initial_rows(self.first_row, self.end_row, dim, seed).to(device)
         self.gradient = RowGradient()
         self.followers = Followers(self.parents, self.mesh)
-        self.update: Callable[[Columns, Tensor], None] | None = None
+        self.fused = False
+        self._kept_back: tuple[Callable[[Sink], None], Tensor | None] | None = None
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -191,12 +192,24 @@ class ShardedClassifier:
             labels_B = self._over_replicas(labels_B, longest)
         return self._select(labels_B, step)
 
-    def sink(self, columns: Tensor | None, weight_KD: Tensor) -> Sink:
-        """Where backward hands the gradient of the prototypes that took part."""
-        if self.update is None:
-            return self.gradient.sink(columns, weight_KD)
-        update = self.update
-        return lambda first, gradient_TD: update(span(columns, first, len(gradient_TD)), gradient_TD)
+    def take(self, second_pass: Callable[[Sink], None], columns: Tensor | None, weight_KD: Tensor) -> None:
+        """Backward's pass for the gradient of the prototypes that took part: do it, or keep it back."""
+        if self.fused:
+            self._kept_back = second_pass, columns
+        else:
+            second_pass(self.gradient.sink(columns, weight_KD))
+
+    def spend(self, update: Callable[[Columns, Tensor], None]) -> None:
+        """Hand the gradient that backward kept back to `update`, tile by tile; the prototypes must not have moved."""
+        assert self._kept_back is not None, "no backward yet"
+        (second_pass, columns), self._kept_back = self._kept_back, None
+        second_pass(lambda first, gradient_TD: update(span(columns, first, len(gradient_TD)), gradient_TD))
+
+    def forget(self) -> None:
+        """Give up an update: nothing of its batches is left."""
+        self._kept_back = None
+        self.gradient.clear()
+        self.followers.forget()
 
     def _select(self, labels_B: Tensor, step: int) -> Selection:
         """Those that the step samples, and those of the samples' own identities."""

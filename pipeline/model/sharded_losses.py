@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ class ShardedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *loss_gradients_L: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the features, the local losses and, by the sink, the new prototypes."""
+        """Gradients of the features, the local losses and, unless they are kept back, the new prototypes."""
         classifier, terms, batch = ctx.classifier, ctx.terms, ctx.batch
         weight_LB = ctx.weight_LB * loss_gradients_L[0][:, None]
         total_BD = torch.zeros_like(batch.features_BD)
@@ -65,8 +66,9 @@ class ShardedLosses(torch.autograd.Function):
         scattered = collectives.ReduceScatter(total_BD, classifier.mesh.shard_group)  # on its way during what follows
         new = terms[0]
         assert isinstance(new, IdentityTerm)
-        sink = classifier.sink(ctx.columns, new.batch.head.weight_CD)
-        classifier.implementation.weight_gradient(new.batch, new.scan, new.log_sum_exp_B, weight_LB[0], sink)
+        second_pass = classifier.implementation.weight_gradient
+        second_pass = partial(second_pass, new.batch, new.scan, new.log_sum_exp_B, weight_LB[0])
+        classifier.take(second_pass, ctx.columns, new.batch.head.weight_CD)
         own = batch.own
         locals_bK = weight_LB[len(terms) - len(classifier.local_losses) :, own].T
         return scattered.wait()[: own.stop - own.start], locals_bK, None, None, None, None, None, None

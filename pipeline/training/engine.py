@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
@@ -17,6 +15,7 @@ from pipeline.compat.base import Companion
 from pipeline.model.gradients import scale_gradient
 from pipeline.schema import Config
 from pipeline.training.optimiser import OptimiserConfig, backbone_groups, build_optimiser, set_learning_rate
+from pipeline.training.zero import initialise
 
 
 class EngineConfig(Config):
@@ -64,9 +63,18 @@ class BackboneEngine:
         pair = _Pair(backbone, companion)
         self.config, self.world_size, self.clip = config, dist.get_world_size(), optimiser.clip
         base = build_optimiser(optimiser, backbone_groups(pair, optimiser))
-        self._engine: Any = _initialise(pair, base, config, samples_per_rank, accumulation, optimiser.clip)
+        autocast = config.precision == "bf16"
+        self._engine: Any = initialise(
+            pair, base, config.zero_stage, autocast, samples_per_rank, accumulation, optimiser.clip
+        )
         self._base = base
         self._make_optimiser_state()
+        self._buffers = [buffer for _, buffer in self._engine.module.named_buffers()]
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+
+    def begin(self) -> None:
+        """Begin an update. If it is given up, batch norm's statistics go back to what they are now."""
+        _copy(self._buffers_before, self._buffers)
 
     def features(self, images_bCHW: Tensor, guides_bE: Tensor, labels_b: Tensor) -> tuple[Tensor, Tensor]:
         """(b, D) float32 features of this rank's images as the classifier is to see them, (b, K) local losses."""
@@ -82,24 +90,45 @@ class BackboneEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, rate: float) -> float:
-        """Update the backbone and return the norm of its gradient before clipping."""
+    def step(self, rate: float) -> float | None:
+        """Update the backbone and return the norm of its gradient before clipping.
+
+        The norm is that of the ranks' joined gradient, so that all of them answer alike: None if it is not a finite
+        number, and then nothing has moved.
+        """
         set_learning_rate(self._base, rate)
         set_learning_rate(self._engine.optimizer, rate)
-        norm = self._clip() if self.config.zero_stage == 0 else None
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        if self.config.zero_stage == 0:
+            norm = float(self._clip())
+            moved = math.isfinite(norm)
+            if moved:
+                self._engine.step()
+        else:
+            self._engine.step()  # throws a gradient away if its norm is no number
+            norm, moved = float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        if not moved:
+            self._give_up()
+        return norm if moved else None
 
-    def discard(self, loss: Tensor) -> None:
-        """Give up an update after some of its micro-batches, of which `loss` is one; nothing moves.
+    def discard(self, loss: Tensor, begun: bool) -> None:
+        """Give up an update; nothing moves.
 
         DeepSpeed throws a gradient away if it is no number, and only then.
+
+        Args:
+            loss: of one of its micro-batches, whose backward has not been done.
+            begun: whether that of another has.
         """
-        self.backward(loss * math.nan, last=True)
+        if begun:
+            self.backward(loss * math.nan, last=True)
+            if self.config.zero_stage != 0:
+                self._engine.step()
+        self._give_up()
+
+    def _give_up(self) -> None:
         if self.config.zero_stage == 0:
             self._engine.zero_grad()
-        else:
-            self._engine.step()
+        _copy(self._buffers, self._buffers_before)
 
     def _clip(self) -> Tensor:
         """Without ZeRO the gradients are plain, and DeepSpeed would not tell their norm."""
@@ -137,6 +166,13 @@ class BackboneEngine:
             for part in ("backbone", "companion")
         )
         return backbone, companion
+
+    def state_bytes(self) -> int:
+        """Bytes of what `state` gives."""
+        slots = len(self._optimiser_keys())
+        parameters = self._engine.module.parameters()
+        weights: list[tuple[int, bool]] = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
+        return 4 * sum(size * (1 + slots * learned) for size, learned in weights) + sum(b.nbytes for b in self._buffers)
 
     def _averaged_buffers(self) -> list[tuple[str, Tensor]]:
         buffers = list(self._engine.module.named_buffers())
@@ -205,35 +241,6 @@ class BackboneEngine:
                 state["step"] = torch.tensor(float(step))
 
 
-def _initialise(
-    backbone: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    config: EngineConfig,
-    samples: int,
-    accumulation: int,
-    clip: float | None,
-) -> Any:
-    device = next(backbone.parameters()).device
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    import deepspeed
-    import deepspeed.ops
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # The shared-memory all-reduce is compiled at first use: a minute, and a C++ compiler. Gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=backbone,
-        optimizer=optimiser,
-        dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": samples,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": clip if clip and config.zero_stage else 0.0,  # its default is 1.0, silently
-            "zero_optimization": {"stage": config.zero_stage},
-            "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**12,
-        },
-    )
-    return engine
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    for mine, other in zip(to, source, strict=True):
+        mine.copy_(other)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.generation import GenerationRecord, seal, write_classifier_part
 from pipeline.identities import IdentityTable
+from pipeline.training.guards import check_space, goes_on_from, memory_advice, note
+from pipeline.training.spikes import Course
 from pipeline.training.trainer import Trainer
+from pipeline.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 SELFTEST_IMAGES = 16
 
@@ -28,51 +33,100 @@ class Batch(Protocol):
     @property
     def labels_B(self) -> Tensor: ...  # noqa: D102, N802
 
+    def keys(self) -> list[str]:
+        """Of the samples, in the order of the images."""
+
 
 class Observer(Protocol):
     """Sees how a run goes; called on rank 0 alone, and must not block."""
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the figures after `step` updates: `loss/NAME` of each loss, `grad_norm/*`, `samples_per_s`."""
+        """Take the figures after `step` updates: `loss/NAME` of each loss, `grad_norm/*`, `samples_per_s`.
+
+        And, once there was one: `guards/unusable` steps on which nobody moved, `guards/spikes` of the loss.
+        """
+
+
+OpenLoader = Callable[[int], Iterable[Batch]]
 
 
 def train(
     trainer: Trainer,
-    open_loader: Callable[[int], Iterable[Batch]],
+    open_loader: OpenLoader,
     observer: Observer,
     checkpoints: Path,
     destination: Path,
     record: GenerationRecord,
     identities: IdentityTable,
+    incidents: Path,
 ) -> None:
     """Train to the last step and seal the generation at `destination`.
 
     Args:
         trainer: this rank's part of the run.
-        open_loader: gives the endless batches from a step on.
+        open_loader: gives the endless batches from a number on.
         observer: told of losses and speed.
         checkpoints: folder of this run's checkpoints.
         destination: where the artefact will lie; its parent folder is shared by all ranks.
         record: of the artefact, without files and figures.
         identities: the run's table.
+        incidents: folder where each rank writes down what went wrong.
+
+    Raises:
+        TrainingError: losses or gradients are no numbers once too often, or memory or disk are full.
     """
-    done = trainer.restore(checkpoints)
-    batches = iter(open_loader(done))
-    watch = Watch(trainer, observer, done)
-    for step in range(done, trainer.config.steps):
-        batch = next(batches)
-        losses_L, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
-        watch.check(losses_L, step)
-        watch.report(step + 1, losses_L, norms)
-        if (step + 1) % trainer.config.checkpoint_every == 0 or step + 1 == trainer.config.steps:
-            trainer.save(checkpoints, step + 1)
-    export(trainer, batches, destination, record, identities)
+    config, pulse = trainer.config, trainer.pulse
+    with Watchdog(pulse, config.guards.collective_timeout_s, incidents), memory_advice(trainer):
+        watch = Watch(trainer, observer, incidents)
+        batches = Batches(open_loader)
+        with pulse("restore"):
+            step = watch.last_saved = watch.last_step = trainer.restore(checkpoints)
+        while step < config.steps:
+            with pulse("load", step):
+                batch = batches.at(step + watch.course.skipped)
+            losses_L, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
+            if watch.spike(batch, losses_L, norms, step):
+                step = watch.go_back(checkpoints, step)
+                continue
+            step += 1
+            with pulse("report"):
+                watch.report(step, losses_L, norms)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                with pulse("save"):
+                    check_space(checkpoints, trainer.state_bytes(), trainer.device, step, watch.last_saved or None)
+                    trainer.save(checkpoints, step)
+                    watch.last_saved = step
+        with pulse("export", step):
+            after = step + watch.course.skipped  # of the step after the last: the same on a resume
+            export(trainer, lambda: batches.at(after), destination, record, identities)
+
+
+class Batches:
+    """The endless batches by their numbers, which mostly are asked for one after the other."""
+
+    def __init__(self, open_loader: OpenLoader) -> None:
+        self._open_loader = open_loader
+        self._batches: Iterator[Batch] | None = None
+        self._next = 0
+
+    def at(self, number: int) -> Batch:
+        """The batch of a number; unless it is the next one, the loader is opened anew."""
+        if self._batches is None or number != self._next:
+            if isinstance(self._batches, Generator):
+                self._batches.close()
+            self._batches = iter(self._open_loader(number))
+        self._next = number + 1
+        return next(self._batches)
 
 
 def export(
-    trainer: Trainer, batches: Iterator[Batch], destination: Path, record: GenerationRecord, identities: IdentityTable
+    trainer: Trainer,
+    last_batch: Callable[[], Batch],
+    destination: Path,
+    record: GenerationRecord,
+    identities: IdentityTable,
 ) -> None:
-    """Write the artefact: each rank its rows, rank 0 the rest. Collective."""
+    """Write the artefact: each rank its rows, rank 0 the rest, with images of a batch for self-tests. Collective."""
     beside = destination.with_name(f".{destination.name}.tmp")
     backbone, learned = trainer.engine.module_states()
     maps = trainer.companion.exported_maps(learned) if trainer.companion else []
@@ -85,33 +139,66 @@ def export(
         write_classifier_part(beside, rows.weight_CD.cpu(), rows.first_row, rows.end_row)
     dist.barrier()
     if trainer.rank == 0:
-        images = next(batches).images_BCHW[:SELFTEST_IMAGES].cpu()  # of the step after the last: the same on a resume
+        images = last_batch().images_BCHW[:SELFTEST_IMAGES].cpu()
         seal(beside, destination, record, backbone, identities, images, maps)
     dist.barrier()
 
 
 class Watch:
-    """Guards the losses and tells the observer how the run goes."""
+    """Guards the losses and tells the observer how the run goes.
 
-    def __init__(self, trainer: Trainer, observer: Observer, done: int) -> None:
-        self.trainer, self.observer = trainer, observer
-        self.unusable = 0
-        self.last_step, self.last_time = done, time.monotonic()
+    Attributes:
+        last_saved: updates in the last checkpoint; 0: there is none.
+        last_step: updates that the observer knows of.
+    """
 
-    def check(self, losses_L: Tensor, step: int) -> None:
-        """Count the steps on which nobody moved because a loss was no number.
+    def __init__(self, trainer: Trainer, observer: Observer, incidents: Path) -> None:
+        self.trainer, self.observer, self.incidents = trainer, observer, incidents
+        self.course = Course()
+        trainer.kept.update(self.course.kept)
+        self.last_saved = self.last_step = 0
+        self.last_time = time.monotonic()
+
+    def spike(self, batch: Batch, losses_L: Tensor, norms: dict[str, float], step: int) -> bool:
+        """Look at a step's figures, the same on all ranks; whether the run is to go back.
 
         Raises:
-            TrainingError: too many were not.
+            TrainingError: nobody moved, once too often.
         """
-        if torch.isfinite(losses_L).all():
-            return
-        self.unusable += 1
-        if self.unusable > self.trainer.config.nonfinite_limit:
+        guards, rank = self.trainer.config.guards, self.trainer.rank
+        if not norms:
+            self._stood_still(batch, step)
+            return False
+        loss = float(losses_L.sum())
+        above = self.course.add(loss, guards.spike_factor)
+        if above is None:
+            return False
+        back = guards.rewind and self.last_saved > 0 and self.course.rewinds < guards.rewind_limit
+        if rank == 0:
+            known = {"step": step, "loss": loss, "deviations": above, "back_to": self.last_saved if back else None}
+            note(self.incidents, "spikes", rank, known)
+            log.warning("the loss leapt to %.4g at step %d, %.0f deviations above its median", loss, step, above)
+        return back
+
+    def _stood_still(self, batch: Batch, step: int) -> None:
+        guards, trainer = self.trainer.config.guards, self.trainer
+        self.course.stood_still()
+        entry = {"step": step, "rank": trainer.rank, "here": not trainer.sound_here, "keys": batch.keys()}
+        path = note(self.incidents, "nonfinite", trainer.rank, entry)
+        if self.course.unusable > guards.nonfinite_limit:
             raise TrainingError(
-                f"loss is not a number at step {step} and {self.unusable - 1} times before; "
-                "lower training.optimiser.learning_rate, or look at the data"
+                f"loss or gradient is not a number at step {step} and {self.course.unusable - 1} times before, though "
+                f"nobody moved on them; {path.parent}/nonfinite-*.jsonl have the batches' keys: look at the data, or "
+                f"lower training.optimiser.learning_rate; {goes_on_from(self.last_saved or None)}"
             )
+
+    def go_back(self, checkpoints: Path, step: int) -> int:
+        """Restore the last checkpoint after a spike at `step`, and skip the batches since. Collective."""
+        before = self.course.counts()
+        done = self.trainer.restore(checkpoints)
+        self.course.goes_back(step + 1 - done, before)
+        self.last_step, self.last_time = done, time.monotonic()
+        return done
 
     def report(self, done: int, losses_L: Tensor, norms: dict[str, float]) -> None:
         """Tell the observer, every `log_every` steps and at the end."""
@@ -121,5 +208,7 @@ class Watch:
         now = time.monotonic()
         samples = (done - self.last_step) * config.global_batch
         figures = {f"loss/{name}": loss for name, loss in zip(self.trainer.loss_names, losses_L.tolist(), strict=True)}
+        counts = {"guards/unusable": self.course.unusable, "guards/spikes": self.course.spikes}
+        figures |= {name: float(count) for name, count in counts.items() if count}
         self.observer.report(done, {**figures, **norms, "samples_per_s": samples / max(now - self.last_time, 1e-9)})
         self.last_step, self.last_time = done, now

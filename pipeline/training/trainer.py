@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,19 +14,20 @@ from torch import Tensor
 from pipeline.compat.base import Method
 from pipeline.compat.parents import start_backbone_from, start_from
 from pipeline.compat.views import ImagesOf, guides_of, view_parents
-from pipeline.errors import ConfigError
 from pipeline.generation import Generation
 from pipeline.identities import IdentityTable
 from pipeline.model.backbones import BackboneConfig, build_backbone
-from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
+from pipeline.model.classifier import ClassifierConfig, ShardedClassifier, Window
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
-from pipeline.model.rows import batch_parts
 from pipeline.schema import Config
 from pipeline.training import checkpoint
 from pipeline.training.engine import BackboneEngine, EngineConfig
+from pipeline.training.guards import GuardConfig, all_finite
 from pipeline.training.optimiser import OptimiserConfig, learning_rate
 from pipeline.training.row_optimiser import RowOptimiser, clip_rows_
+from pipeline.training.setting import micro_parts, stream, updates_tile_by_tile
+from pipeline.training.watchdog import Pulse
 
 
 class TrainingConfig(Config):
@@ -40,11 +40,16 @@ class TrainingConfig(Config):
     engine: EngineConfig = EngineConfig()
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     log_every: int = Field(10, ge=1, description="steps between logged losses")
-    nonfinite_limit: int = Field(3, ge=0, description="steps with a loss that is no number before the run gives up")
+    guards: GuardConfig = GuardConfig()
 
 
 class Trainer:
     """One rank's part of a training run.
+
+    Attributes:
+        pulse: the phase of the step that this rank is in.
+        kept: tensors of the loop's that checkpoints hold too, by name; `restore` fills them in place.
+        sound_here: whether the last step's losses and features' gradients were finite on this very rank.
 
     Args:
         name: of the generation; the key of its own loss. Those of the influence losses are the parents' names.
@@ -76,7 +81,9 @@ class Trainer:
         self.config, self.config_digest, self.seed, self.device = training, config_digest, seed, device
         self.rank = dist.get_rank()
         self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
-        self.parts = _micro_parts(training.global_batch, training.accumulation, self.mesh.ranks)
+        self.pulse, self.sound_here = Pulse(), True
+        self.kept: dict[str, Tensor] = {}
+        self.parts = micro_parts(training.global_batch, training.accumulation, self.mesh.ranks)
         views = view_parents(parents, compat, identities, margin, self.mesh, device, images_of)
         self.guides = guides_of(parents, device) if compat.asks_features else []
         torch.manual_seed(seed)
@@ -109,7 +116,7 @@ class Trainer:
             (start,) = (parent for parent in parents if parent.record.name == classifier.start)
             start_from(self.classifier.weight_CD, start, identities, self.mesh)
         self.row_optimiser = RowOptimiser(self.classifier.weight_CD, training.optimiser)
-        self.fused = _fused(classifier, training, self.mesh)
+        self.fused = self.classifier.fused = updates_tile_by_tile(classifier, training, self.mesh)
 
     @property
     def loss_names(self) -> list[str]:
@@ -119,7 +126,12 @@ class Trainer:
     def step(self, images_bCHW: Tensor, labels_b: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
         """One update on L = L_new + lambda * sum of the losses towards the parents (Shen et al. 2020, Eq. 8).
 
-        If a loss is no number, nothing moves. Losses are global, so that all ranks answer alike.
+        Nobody moves if a loss or a gradient of any rank is no finite number. All that can be is looked at before any
+        of it is spent. The losses and the features' gradients: all ranks agree on them before a micro-batch goes back
+        into the backbone. The backbone's gradient: by its norm over all ranks, before its update. The prototypes move
+        after that, also where their gradient only exists tile by tile: its pass is kept back until then. It needs no
+        look of its own: it is a mean of features times factors which are in the features' gradients too, and finite
+        if they are.
 
         Args:
             images_bCHW: this rank's part of the global batch.
@@ -128,32 +140,51 @@ class Trainer:
 
         Returns:
             (losses,) of the global batch by `loss_names`: the new classifier's, then those towards the parents; and
-            the norms of the gradients, as far as they are known.
+            the norms of the gradients, as far as they are known: none if nobody moved.
         """
         window = None
         if self.config.accumulation > 1:
             window = self.classifier.window(labels_b, [sum(parts) for parts in zip(*self.parts, strict=True)], step)
         rate = learning_rate(self.config.optimiser, step, self.config.steps)
-        if self.fused:
-            self.classifier.update = partial(self.row_optimiser.apply, rate=rate)
         weight_L = torch.full((len(self.loss_names),), self.compat.weight_at(step, self.config.steps))
         weight_L[0] = 1.0
         weight_L = weight_L.to(self.device)
         total_L, sizes = torch.zeros_like(weight_L), [parts[self.rank] for parts in self.parts]
+        self.engine.begin()
         for micro, (images, labels) in enumerate(
             zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
         ):
-            torch.manual_seed(_stream(self.seed, step, self.rank, micro))  # dropout needs no state to be resumed
-            guides_bE = self._guide(images)
-            features_bD, locals_bK = self.engine.features(images, guides_bE, labels)
-            losses_L = self.classifier(features_bD, labels, self.parts[micro], step, window, guides_bE, locals_bK)
-            total_L += losses_L.detach()
-            loss = (losses_L * weight_L).sum()
-            if not torch.isfinite(total_L).all():
-                self._discard(loss, begun=micro > 0)
+            torch.manual_seed(stream(self.seed, step, self.rank, micro))  # dropout needs no state to be resumed
+            losses_L, loss, sound = self._forward(images, labels, micro, step, window, weight_L)
+            total_L += losses_L
+            if not sound:
+                self.engine.discard(loss, begun=micro > 0)
+                self.classifier.forget()
                 return total_L, {}
-            self.engine.backward(loss, last=micro == len(sizes) - 1)
-        return total_L, self._update(rate)
+            with self.pulse("backward"):
+                self.engine.backward(loss, last=micro == len(sizes) - 1)
+        with self.pulse("update"):
+            return total_L, self._update(rate)
+
+    def _forward(
+        self, images_bCHW: Tensor, labels_b: Tensor, micro: int, step: int, window: Window | None, weight_L: Tensor
+    ) -> tuple[Tensor, Tensor, bool]:
+        """A micro-batch as far as the gradient of its features.
+
+        Returns:
+            (losses,), a loss that carries that gradient on into the backbone, and whether all of it is finite on all
+            ranks.
+        """
+        with self.pulse("forward"):
+            guides_bE = self._guide(images_bCHW)
+            features_bD, locals_bK = self.engine.features(images_bCHW, guides_bE, labels_b)
+        with self.pulse("losses"):
+            losses_L = self.classifier(features_bD, labels_b, self.parts[micro], step, window, guides_bE, locals_bK)
+            learned = [output for output in (features_bD, locals_bK) if output.requires_grad]
+            gradients = torch.autograd.grad((losses_L * weight_L).sum(), learned)
+            loss = torch.stack([(a * b).sum() for a, b in zip(learned, gradients, strict=True)]).sum()
+            self.sound_here, sound = all_finite([losses_L.detach(), *gradients])
+        return losses_L.detach(), loss, sound
 
     def _guide(self, images_bCHW: Tensor) -> Tensor:
         """(b, E) the parents' features of a batch, side by side; (b, 0) where nothing asks for them."""
@@ -162,9 +193,15 @@ class Trainer:
         return torch.cat(features, dim=1) if features else images_bCHW.new_zeros(len(images_bCHW), 0)
 
     def _update(self, rate: float) -> dict[str, float]:
-        """Move the backbone and the prototypes, each clipped by its own norm."""
-        norms = {"grad_norm/backbone": self.engine.step(rate)}
-        if not self.fused:
+        """Move the backbone and the prototypes, each clipped by its own norm, or neither."""
+        norm = self.engine.step(rate)
+        if norm is None:
+            self.classifier.forget()
+            return {}
+        norms = {"grad_norm/backbone": norm}
+        if self.fused:
+            self.classifier.spend(partial(self.row_optimiser.apply, rate=rate))
+        else:
             gradient_KD = self.classifier.gradient.total(self.mesh.replica_group)
             if (largest := self.config.optimiser.classifier_clip) is not None:
                 norms["grad_norm/classifier"] = clip_rows_(gradient_KD, largest, self.mesh.shard_group)
@@ -172,12 +209,6 @@ class Trainer:
             self.classifier.gradient.clear()
         self.classifier.followers.move()
         return norms
-
-    def _discard(self, loss: Tensor, begun: bool) -> None:
-        if begun:
-            self.engine.discard(loss)
-        self.classifier.gradient.clear()
-        self.classifier.followers.forget()
 
     def save(self, folder: Path, step: int) -> None:
         """Write a checkpoint after `step` updates. Collective."""
@@ -197,43 +228,12 @@ class Trainer:
         return {
             "backbone": self.engine.state(),
             "classifier": checkpoint.rows_state(self.classifier, self.row_optimiser),
+            "loop": self.kept,
         }
 
-
-def _micro_parts(global_batch: int, accumulation: int, ranks: int) -> list[list[int]]:
-    """Samples of each rank in each micro-batch of an update.
-
-    Raises:
-        ConfigError: some would have none.
-    """
-    if global_batch < accumulation * ranks:
-        raise ConfigError(
-            f"training.global_batch={global_batch} leaves nothing for some of {ranks} processes in "
-            f"{accumulation} micro-batches; raise it, or lower training.accumulation or cluster.workers"
-        )
-    by_rank = [batch_parts(part, accumulation) for part in batch_parts(global_batch, ranks)]
-    return [list(parts) for parts in zip(*by_rank, strict=True)]
-
-
-def _fused(classifier: ClassifierConfig, training: TrainingConfig, mesh: ClassMesh) -> bool:
-    """Whether prototypes are updated tile by tile in backward.
-
-    Raises:
-        ConfigError: the config asks for it beside what needs their whole gradient.
-    """
-    reasons = {
-        "training.optimiser.classifier_clip": training.optimiser.classifier_clip is not None,
-        "training.accumulation above 1": training.accumulation > 1,
-        "classifier.shard_ranks below the number of processes": mesh.replicas > 1,
-    }
-    standing = [name for name, stands in reasons.items() if stands]
-    if classifier.fused_update and standing:
-        raise ConfigError(
-            f"classifier.fused_update spends each tile's gradient at once, but {standing[0]} needs the whole; "
-            "remove one of the two"
-        )
-    return not standing if classifier.fused_update is None else classifier.fused_update
-
-
-def _stream(seed: int, step: int, rank: int, micro: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}/{micro}".encode()).digest()[:7])
+    def state_bytes(self) -> int:
+        """Bytes of a checkpoint, over all ranks."""
+        moving = [head.weight_CD for head in self.classifier.followers.heads]
+        rows = [self.classifier.weight_CD, *self.row_optimiser.slots.values(), *moving]
+        row_bytes = sum(part.shape[1] * part.element_size() for part in rows)
+        return self.engine.state_bytes() + self.classifier.rows * row_bytes

@@ -133,7 +133,7 @@ def exported(rank: int, world_size: int, folder: str) -> dict[str, dict[str, Ten
         trainer = Trainer(name, TABLE, [parent], *arguments, device=torch.device("cpu"))
         places = home / f"{name}-checkpoints", home / name
         open_loader = partial(batches, global_batch=BATCH, rank=rank, world_size=world_size)
-        train(trainer, open_loader, Notes([]), *places, record(config, name), TABLE)
+        train(trainer, open_loader, Notes([]), *places, record(config, name), TABLE, home / "incidents")
         states[name] = trainer.engine.module_states()[1]
     return states
 

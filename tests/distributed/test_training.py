@@ -23,6 +23,7 @@ from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import batch_parts, initial_rows
 from pipeline.training.engine import BackboneEngine, EngineConfig
+from pipeline.training.guards import GuardConfig
 from pipeline.training.loop import train
 from pipeline.training.optimiser import OptimiserConfig
 from pipeline.training.trainer import Trainer, TrainingConfig
@@ -39,6 +40,10 @@ SGD = OptimiserConfig(name="sgd", learning_rate=0.05, weight_decay=0.01, warmup=
 class Batch:
     images_BCHW: Tensor
     labels_B: Tensor
+    number: int = 0
+
+    def keys(self) -> list[str]:
+        return [f"{self.number}/{place}" for place in range(len(self.labels_B))]
 
 
 @dataclass
@@ -60,7 +65,7 @@ def batches(start: int, global_batch: int, rank: int, world_size: int, poison: i
         labels = torch.randint(len(TABLE), (global_batch,), generator=generator)
         if poison is not None and step >= poison:
             images[0] = torch.nan
-        yield Batch(images[mine], labels[mine])
+        yield Batch(images[mine], labels[mine], step)
         step += 1
 
 
@@ -154,7 +159,8 @@ def run_training(
             yield batch
 
     try:
-        train(trainer, open_loader, notes, home / "checkpoints", home / "v2", record(config, "v2"), TABLE)
+        places = home / "checkpoints", home / "v2"
+        train(trainer, open_loader, notes, *places, record(config, "v2"), TABLE, home / "incidents")
     except KeyboardInterrupt:
         assert stop_after is not None
     return notes.seen
@@ -173,7 +179,8 @@ def make_parent(rank: int, world_size: int, folder: str) -> None:
     labelled = (Batch(b.images_BCHW, b.labels_B % 4) for b in batches(0, 6, rank, world_size))
     home = Path(folder)
     described = record(config).model_copy(update={"identities": len(table)})
-    train(trainer, lambda _: labelled, Notes([]), home / "parent-checkpoints", home / "parent", described, table)
+    places = home / "parent-checkpoints", home / "parent"
+    train(trainer, lambda _: labelled, Notes([]), *places, described, table, home / "parent-incidents")
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
@@ -239,7 +246,8 @@ def test_rows_and_moments_are_the_same_at_every_world_size(tmp_path: Path) -> No
 
 
 def test_loss_that_is_no_number_moves_nobody_and_ends_the_run(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"nonfinite_limit": 2})
-    with pytest.raises(AssertionError, match="loss is not a number at step 6 and 2 times before"):
+    config = CONFIG.model_copy(update={"guards": GuardConfig(nonfinite_limit=2)})
+    told = "loss or gradient is not a number at step 6 and 2 times before.* it goes on from step 6"
+    with pytest.raises(AssertionError, match=told):
         run_ranks(2, run_training, str(tmp_path), config, None, 4)
     assert TrainingError.exit_code != 0

@@ -184,7 +184,9 @@ def test_ranks_together_see_the_same_pixels(grey: DataSet, unbroken: list[Batch]
     options: dict[str, Any] = {"augment": ALL, "global_batch": 13, "world_size": world_size}
     ranks = [take(grey.loader(rank=rank, **options), 6) for rank in range(world_size)]
     joined = [
-        Batch(torch.cat([b.images_BCHW for b in parts]), torch.cat([b.labels_B for b in parts]), parts[0].step)
+        Batch(
+            torch.cat([b.images_BCHW for b in parts]), torch.cat([b.labels_B for b in parts]), parts[0].step, list[str]
+        )
         for parts in zip(*ranks, strict=True)
     ]
     assert same(joined, unbroken[:6])
