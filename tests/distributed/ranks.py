@@ -38,6 +38,34 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
                 process.join()
 
 
+def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """As `run_ranks`, but ranks may die: each one's exit code, 0 for one that came to its end; negative: a signal.
+
+    A rank that fails with an exception leaves its traceback on stderr, and the code 1.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            CONTEXT.Process(target=_mortal, args=(rank, world_size, folder, function, arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(TIMEOUT_S)
+            return [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _mortal(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:
+    _join(rank, world_size, folder)
+    function(rank, world_size, *arguments)
+    os._exit(0)  # without the farewells of a group whose other members may be dead
+
+
 def _collect(processes: list[Any], results: Any, world_size: int) -> list[Any]:
     by_rank: dict[int, Any] = {}
     while len(by_rank) < world_size:
@@ -53,17 +81,23 @@ def _collect(processes: list[Any], results: Any, world_size: int) -> list[Any]:
 
 
 def _rank(rank: int, world_size: int, folder: str, results: Any, function: Callable[..., Any], arguments: Any) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
-        store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        _join(rank, world_size, folder)
         value = pickle.dumps(function(rank, world_size, *arguments))  # by value: a queue would share tensors' memory
         results.put((rank, value, None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:  # noqa: BLE001  everything is carried to the parent and raised there
         results.put((rank, None, traceback.format_exc()))
+
+
+def _join(rank: int, world_size: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
