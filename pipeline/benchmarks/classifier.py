@@ -44,7 +44,7 @@ class ClassifierBenchmark(Config):
     precision: Precision = Field("fp32", description="of the tiles (bf16: triton)")
     device: Literal["cpu", "cuda"] = Field("cpu", description="where")
     eager: bool = Field(True, description="measure the public way too")
-    fused: bool = Field(True, description="update tile by tile in backward")
+    fused: bool = Field(True, description="update tile by tile, after backward")
     threads: int = Field(os.cpu_count() or 1, ge=1, description="processor threads")
     repeats: int = Field(5, ge=1, description="steps of each, after one that is not counted; medians are told")
 

@@ -35,8 +35,7 @@ def test_config_of_the_readme_is_valid_with_and_without_the_successor(tmp_path: 
 
 
 def test_links_and_paths_of_the_docs_exist() -> None:
-    pages = ("classifier", "data", "compatibility", "evaluation", "research", "RESULTS", "upgrade", "security")
-    for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{page}.md" for page in pages)):
+    for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / document).read_text()
         named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
             r"`((?:pipeline|jobs|configs|kube|tests|docs)/[\w./-]*)`", text
