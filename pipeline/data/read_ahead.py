@@ -47,8 +47,8 @@ class ReadAhead:
             except queue.Empty:
                 self._stuck = True
                 raise DataError(
-                    f"batch {self._number} did not come in {self._patience_s:g} s, while shard {self._place()} was read; "
-                    "look at its disk or network, or raise training.guards.loader_timeout_s"
+                    f"batch {self._number} did not come in {self._patience_s:g} s, while shard {self._place()} was "
+                    "read; look at its disk or network, or raise training.guards.loader_timeout_s"
                 ) from None
             if work is None:
                 return

@@ -172,7 +172,8 @@ class BackboneEngine:
         slots = len(self._optimiser_keys())
         parameters = self._engine.module.parameters()
         weights: list[tuple[int, bool]] = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in parameters]
-        return 4 * sum(size * (1 + slots * learned) for size, learned in weights) + sum(b.nbytes for b in self._buffers)
+        numbers = sum(size * (1 + slots * learned) for size, learned in weights)
+        return 4 * numbers + sum(int(buffer.nbytes) for buffer in self._buffers)
 
     def _averaged_buffers(self) -> list[tuple[str, Tensor]]:
         buffers = list(self._engine.module.named_buffers())
