@@ -5,6 +5,7 @@ python jobs/benchmark.py loader --augment full --json FILE           images a se
 python jobs/benchmark.py evaluation --task search --json FILE        seconds of an evaluation, 1:1 or 1:N
 python jobs/benchmark.py embed --backbone iresnet50 --json FILE      images a second of jobs/embed.py
 python jobs/benchmark.py backfill --gallery OLD --vectors NEW --queries FOLDER --json FILE    rank-1 while it moves
+python jobs/benchmark.py checkpoint --json FILE                     stall, resume and re-sharding
 python jobs/benchmark.py plot --out FILE.png FILE.json ...           a picture of results
 """
 
@@ -26,6 +27,7 @@ Measure = Callable[[Any, Callable[[str], None]], dict[str, Any]]
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     from pipeline.benchmarks.backfill import BackfillBenchmark, measure_backfill
+    from pipeline.benchmarks.checkpoint import CheckpointBenchmark, measure_checkpoint
     from pipeline.benchmarks.classifier import ClassifierBenchmark, measure_classifier
     from pipeline.benchmarks.embed import EmbedBenchmark, measure_embed
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
@@ -39,6 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("evaluation", "seconds of an evaluation", EvaluationBenchmark, measure_evaluation),
         ("embed", "images a second of embedding", EmbedBenchmark, measure_embed),
         ("backfill", "rank-1 while a gallery moves", BackfillBenchmark, measure_backfill),
+        ("checkpoint", "saving and re-sharding of a classifier", CheckpointBenchmark, measure_checkpoint),
     ):
         command = commands.add_parser(name, help=help_text)
         for key, field in model.model_fields.items():

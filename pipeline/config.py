@@ -167,6 +167,12 @@ class RunConfig(Config):
         """Absolute folder of the training shards, or their URL."""
         return self.data.train if is_remote(self.data.train) else str(self.home / self.data.train)
 
+    def checkpoints(self, name: str) -> str:
+        """Absolute folder, or URL, of the checkpoints of generation `name`."""
+        location = self.generations[name].training.checkpoints.location
+        own = str(self.folder / "training" / name / "checkpoints")
+        return own if location is None else f"{location.rstrip('/')}/{self.name}/{name}"
+
     def to_yaml(self) -> str:
         """The resolved config, as it could be written to a file."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -174,7 +180,7 @@ class RunConfig(Config):
     def shaping(self, name: str) -> dict[str, Any]:
         """All that shapes generation `name`, as plain JSON: two runs that agree in it train the same model."""
         generation = self.generations[name].model_dump(mode="json", exclude={"paragon_of"})
-        generation["training"].pop("checkpoint_every")
+        generation["training"].pop("checkpoints")
         generation["training"].pop("log_every")
         guards = generation["training"].pop("guards")
         if guards["rewind"]:  # the others end a run, or let it go on, but do not change it

@@ -150,7 +150,7 @@ class Member:
             record=record,
             data=self.config.train_location,
             identities=self.workplace / "identities.parquet",
-            checkpoints=self.workplace / "checkpoints",
+            checkpoints=self.config.checkpoints(self.name),
             quarantine=self.workplace / "quarantine",
             destination=self.artefact,
             parents=tuple(Path(parent.path) for parent in self.parents),

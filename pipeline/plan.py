@@ -9,7 +9,7 @@ from pipeline.generation import GenerationRecord
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a worker needs; paths are absolute and shared by all nodes. `data` may be a URL.
+    """All that a worker needs; paths are absolute and shared by all nodes. `data` and `checkpoints` may be URLs.
 
     Ray Train shows what a worker is given on its dashboard, as `repr` tells it: a URI, which may hold a password, is
     left out.
@@ -19,7 +19,7 @@ class Plan:
     record: GenerationRecord
     data: str
     identities: Path
-    checkpoints: Path
+    checkpoints: str
     quarantine: Path
     destination: Path
     parents: tuple[Path, ...]

@@ -29,6 +29,7 @@ from pipeline.generation import Generation
 from pipeline.plan import Plan
 from pipeline.registry import Registry
 from pipeline.registry_opening import open_registry
+from pipeline.training.checkpoint_place import Place
 
 
 def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
     registry = open_registry(config)
     if fresh:
         registry.forget()
+        for name in config.generations:
+            Place(config.checkpoints(name)).clear()
         shutil.rmtree(config.folder, ignore_errors=True)
     clock = Clock(config.folder / "seconds.json")
     with clock.time("data"):

@@ -13,6 +13,7 @@ def as_text(result: dict[str, Any]) -> str:
         "evaluation": _evaluation,
         "embed": _embed,
         "backfill": _backfill,
+        "checkpoint": _checkpoint,
     }
     return ways[result["benchmark"]](result)
 
@@ -62,6 +63,19 @@ def _backfill(result: dict[str, Any]) -> str:
             told = (curve[0], min(curve), curve[len(curve) // 2], curve[-1], result["area"][order][name])
             lines.append(f"{f'{order}, {name}':<24}" + "".join(f"{100 * value:>8.1f}" for value in told))
     return "\n".join(lines)
+
+
+def _checkpoint(result: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            f"saving {result['stall_bytes'] / 1e9:,.1f} GB stalls training {result['stall_s']:.2f} s (the first time "
+            f"{result['first_stall_s']:.2f} s), otherwise {result['sync_s']:.2f} s: ratio {result['stall_ratio']:.3f}",
+            f"re-sharding {result['bytes'] / 1e9:,.1f} GB from {result['writers']} to {result['readers']} ranks takes "
+            f"{result['resume_s']:.1f} s, a plain copy {result['copy_s']:.1f} s: at {result['reshard_over_copy']:.2f} "
+            "of its speed",
+            f"memory of a rank beyond its own part {result['reshard_extra_bytes'] / (1 << 20):,.0f} MiB",
+        ]
+    )
 
 
 def _evaluation(result: dict[str, Any]) -> str:

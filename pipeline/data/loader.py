@@ -155,6 +155,11 @@ class TrainingLoader:
         """What a checkpoint keeps: the number of the next batch, and what `load_state` compares."""
         return {"step": self._step, **self._made_of}
 
+    @property
+    def quarantined(self) -> int:
+        """Samples that are known not to decode, as far as this rank knows."""
+        return 0 if self._quarantine is None else len(self._quarantine)
+
     def load_state(self, stored: Mapping[str, object]) -> None:
         """Go on from where a loader of the same batches stood.
 

@@ -40,6 +40,9 @@ class MlflowTracker:
     nvidia-ml-py is there) are sampled by the same thread, under MLflow's own names `system/...`; their step is the
     second since the run began, so that a resumed run goes on where it was.
 
+    A run that resumes says again what it said after its last checkpoint. Steps of a metric that the run has already
+    are not sent: each is recorded once.
+
     Args:
         uri: of the tracking store; with `run_id`, all that a worker needs to build its tracker.
         run_id: of a run that exists.
@@ -58,6 +61,7 @@ class MlflowTracker:
         self._capacity = capacity
         self._pending: deque[_Value] = deque()
         self._lock = threading.Lock()
+        self._recorded: dict[str, int] | None = None
         self._stop = threading.Event()
         self._in_flight = 0
         self._complained = False
@@ -106,6 +110,8 @@ class MlflowTracker:
             last = self._stop.wait(TICK_SECONDS if not failures else min(MAX_BACKOFF_SECONDS, 2.0 ** (failures - 1)))
             try:
                 client = client or connect(self.uri)
+                if self._recorded is None:
+                    self._recorded = _last_steps(client, self.run_id)
                 if self._system_every < math.inf:
                     system = system or _SystemMetrics(client, self.run_id, self._system_every)
                     sampled = system.sample(last)
@@ -123,9 +129,11 @@ class MlflowTracker:
     def _send(self, client: MlflowClient) -> None:
         from mlflow.entities import Metric
 
+        recorded = self._recorded or {}
         while batch := self._take():
+            new = [Metric(*value) for value in batch if value.step > recorded.get(value.key, -1)]
             try:
-                client.log_batch(self.run_id, [Metric(*value) for value in batch], synchronous=True)
+                client.log_batch(self.run_id, new, synchronous=True)
             except Exception as error:
                 refused = getattr(error, "error_code", None) in _REFUSALS
                 with self._lock:
@@ -154,6 +162,17 @@ class MlflowTracker:
                 f"training goes on, {outcome}",
                 file=sys.stderr,
             )
+
+
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """The last step of each metric that the run has from before."""
+    try:
+        data = client.get_run(run_id).data.to_proto()  # its own attributes leave the steps out
+    except Exception as error:
+        if getattr(error, "error_code", None) in _REFUSALS:
+            return {}  # there is no such run: what is sent will be refused, and that is told
+        raise
+    return {metric.key: metric.step for metric in data.metrics}
 
 
 class _SystemMetrics:

@@ -1,91 +1,225 @@
 """Checkpoints of a running training: everything by full name or by row range, so that any world size can read them.
 
-A checkpoint is a folder `step-NNNNNNNN` that torch.distributed.checkpoint wrote, with `checkpoint.json` in it. It is
-written under another name and renamed when complete; the one before stays until then.
+torch.distributed.checkpoint writes the tensors, from a copy and in a thread of its own while training goes on; the
+checkpoint begins to exist when all ranks have written (see `checkpoint_place`). One is in flight at most.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from itertools import pairwise
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, cast
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from pipeline.files import write_json
-from pipeline.model.classifier import ShardedClassifier
-from pipeline.training.row_optimiser import RowOptimiser
-
-META = "checkpoint.json"
-BLOCK_ROWS = 1 << 16  # rows of a classifier that are read as one
+from pipeline.console import say
+from pipeline.errors import TrainingError
+from pipeline.training.checkpoint_config import CheckpointConfig
+from pipeline.training.checkpoint_files import Reader, Writer
+from pipeline.training.checkpoint_place import CheckpointRecord, DamagedError, FileEntry, Origin, Place
+from pipeline.training.checkpoint_state import Staging, State
 
 
-def latest(folder: Path, config_digest: str) -> Path | None:
-    """The newest complete checkpoint of this config, if there is one."""
-    complete = sorted(path for path in folder.glob("step-????????") if (path / META).is_file())
-    fitting = [path for path in complete if json.loads((path / META).read_text())["config_digest"] == config_digest]
-    return fitting[-1] if fitting else None
+@dataclass
+class _Pending:
+    """A checkpoint in flight."""
+
+    step: int
+    written: Future[Any]
 
 
-def save(folder: Path, step: int, config_digest: str, state: dict[str, Any]) -> None:
-    """Write a checkpoint and drop those before it. Collective; every rank returns after it is complete."""
-    final = folder / f"step-{step:08d}"
-    beside = folder / f"{final.name}.tmp"
-    if dist.get_rank() == 0:
-        for stale in (final, beside):
-            shutil.rmtree(stale, ignore_errors=True)
-        beside.mkdir(parents=True)
-    dist.barrier()
-    save_sharded(state, checkpoint_id=beside)
-    if dist.get_rank() == 0:
-        write_json(beside / META, {"step": step, "config_digest": config_digest, "world_size": dist.get_world_size()})
-        beside.rename(final)
-        for other in folder.glob("step-*"):
-            if other != final:
-                shutil.rmtree(other, ignore_errors=True)
-    dist.barrier()
+class Checkpoints:
+    """Saves a run's state and finds it again. As a context, it leaves nothing in flight.
 
+    Args:
+        config: how.
+        config_digest: of all that shapes the run; a checkpoint of another one is neither resumed nor removed.
 
-def load(path: Path, state: dict[str, Any]) -> int:
-    """Fill `state`'s tensors in place from a checkpoint and return its step. Collective."""
-    load_sharded(state, checkpoint_id=path)
-    step: int = json.loads((path / META).read_text())["step"]
-    return step
-
-
-def rows_state(classifier: ShardedClassifier, optimiser: RowOptimiser) -> dict[str, Tensor]:
-    """The classifier's rows, their optimiser state and parents' rows that move, each this rank's range of a tensor.
-
-    The range is cut at multiples of BLOCK_ROWS: a rank of another world size reads those blocks that hold its rows.
+    Attributes:
+        origin: written into each, for people.
     """
-    grid = classifier.mesh.grid
-    assert grid is not None, "checkpoints are written by a process group"
-    moving = {f"follows.{head.name}": head.weight_CD for head in classifier.followers.heads}
-    parts = {"weight": classifier.weight_CD, **optimiser.slots, **moving}
-    return {
-        name: DTensor.from_local(
-            _in_blocks(part, classifier.first_row),
-            grid,
-            [Replicate(), Shard(0)],
-            run_check=False,
-            shape=torch.Size((classifier.rows, part.shape[1])),
-            stride=(part.shape[1], 1),
+
+    def __init__(self, config: CheckpointConfig, config_digest: str) -> None:
+        self.config, self.config_digest = config, config_digest
+        self.origin = Origin()
+        self._staging = Staging()
+        self._pending: _Pending | None = None
+        self._has_waited = False
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        """Of the thread that writes: its collectives must not meet those of a step."""
+        group = dist.new_group(backend="gloo")
+        assert group is not None
+        return cast(dist.ProcessGroup, group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.join()
+        elif self._pending is not None:
+            self._pending.written.exception()  # what ended the run is told, not what became of its last checkpoint
+
+    def save(self, where: str | Path, step: int, state: State, counters: dict[str, int]) -> None:
+        """Begin to write a checkpoint; it exists when `join` has returned. Collective.
+
+        Args:
+            where: the folder or URL of the run's checkpoints.
+            step: updates done.
+            state: (rows of) tensors by name.
+            counters: rank 0's are kept.
+
+        Raises:
+            TrainingError: on every rank, if any could not write the one before, or this one unless asynchronous.
+        """
+        self._tell_waiting(step)
+        self.join()
+        place = Place(where)
+        folder = self._agreed(place.new_folder(self.config_digest))
+
+        def commit(files: dict[str, FileEntry]) -> None:
+            record = CheckpointRecord(
+                step=step,
+                config_digest=self.config_digest,
+                folder=folder,
+                files=files,
+                world_size=dist.get_world_size(),
+                origin=self.origin,
+                counters=counted,
+            )
+            place.commit(record)
+            self._tidy(place, step)
+
+        counted = dict(counters)
+        writer = Writer(place, place.path(step, folder), commit)
+        if self.config.asynchronous:
+            staged = cast(Any, self._staging)
+            written = async_save(state, storage_writer=writer, process_group=self._group, async_stager=staged)
+            self._pending = _Pending(step, cast("Future[Any]", written))
+            return
+        try:
+            save_sharded(state, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:
+            raise self._unwritten(step, error) from error
+
+    def join(self) -> None:
+        """Wait for the checkpoint in flight, if there is one. Collective.
+
+        Raises:
+            TrainingError: on every rank, if any could not write its part.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.written.result()
+        except CheckpointException as error:
+            raise self._unwritten(pending.step, error) from error
+
+    def restore(self, where: str | Path, state: State) -> CheckpointRecord | None:
+        """Fill `state`'s tensors in place from the newest checkpoint that is whole. Collective.
+
+        Orphans of this config's earlier saves are removed.
+
+        Returns:
+            Its record; None if there never was one.
+
+        Raises:
+            TrainingError: none of those that are there is whole; or one does not fit what this run trains.
+        """
+        self.join()
+        place = Place(where)
+        found: list[CheckpointRecord | DamagedError] = self._agreed(self._found(place) if dist.get_rank() == 0 else [])
+        for number, one in enumerate(found):
+            wrong = one if isinstance(one, DamagedError) else self._load(place, one, state)
+            if wrong is None:
+                assert isinstance(one, CheckpointRecord)
+                return one
+            if number + 1 == len(found):
+                raise TrainingError(
+                    f"no checkpoint at {place.where} is whole; {wrong}; restore one, or start over with --fresh"
+                )
+            if dist.get_rank() == 0:
+                say(f"checkpoint at {place.where}: {wrong}; the one before it is taken")
+        return None
+
+    def _found(self, place: Place) -> list[CheckpointRecord | DamagedError]:
+        """What there is of this config, newest first, once the orphans are gone."""
+        for step in place.steps():
+            with suppress(DamagedError):  # told below
+                place.reap(step, self.config_digest)
+        return list(place.found(self.config_digest))
+
+    def _load(self, place: Place, record: CheckpointRecord, state: State) -> DamagedError | None:
+        """Fill `state`, or find what is damaged; all ranks find the same."""
+        reader: Reader | None = None
+        mine: DamagedError | None = None
+        try:
+            reader = Reader(place, record, self.config.verify)
+        except DamagedError as error:
+            mine = error
+        told: list[DamagedError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, mine, group=self._group)
+        if (damage := next(filter(None, told), None)) is not None:
+            return DamagedError(f"step {record.step}: {damage}")
+        try:
+            load_sharded(cast(Any, state), storage_reader=reader, process_group=self._group)
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            if isinstance(cause, DamagedError):
+                return DamagedError(f"step {record.step}: {cause}")
+            raise TrainingError(
+                f"checkpoint of step {record.step} at {place.where} cannot be loaded on rank {rank}: "
+                f"{_one_line(cause)}; if other code wrote it, start over with --fresh"
+            ) from error
+        return None
+
+    def _tidy(self, place: Place, saved: int) -> None:
+        """Remove the checkpoints that are not kept, on rank 0. Nothing is lost if that fails: it is tried again."""
+        try:
+            found = place.found(self.config_digest)
+            records = {one.step: one for one in found if isinstance(one, CheckpointRecord)}
+            for step in self.config.forgotten(saved, list(records)):
+                place.remove(records[step])
+        except Exception as error:  # noqa: BLE001  each file system has its own classes
+            say(f"old checkpoints at {place.where} could not be removed: {_one_line(error)}")
+
+    def _tell_waiting(self, step: int) -> None:
+        """Once, and on rank 0."""
+        pending = self._pending
+        if pending is None or pending.written.done() or self._has_waited or dist.get_rank() != 0:
+            return
+        self._has_waited = True
+        say(
+            f"checkpoint of step {pending.step} is not written yet, and that of step {step} is due: training waits; "
+            "raise training.checkpoints.every, or take a faster place"
         )
-        for name, part in parts.items()
-    }
+
+    def _unwritten(self, step: int, error: CheckpointException) -> TrainingError:
+        rank, (cause, _) = min(error.failures.items())
+        return TrainingError(
+            f"checkpoint of step {step} could not be written on rank {rank}: {_one_line(cause)}; the one before it "
+            "stands: mend the place, and run again to go on from there"
+        )
+
+    def _agreed(self, value: Any) -> Any:
+        """Rank 0's."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
 
-def _in_blocks(part: Tensor, first_row: int) -> Tensor:
-    end_row = first_row + len(part)
-    inner = range(-(-(first_row + 1) // BLOCK_ROWS) * BLOCK_ROWS, end_row, BLOCK_ROWS)
-    edges = [first_row, *inner, end_row] if len(part) else []
-    blocks = [part[start - first_row : stop - first_row] for start, stop in pairwise(edges)]
-    return LocalShardsWrapper(blocks, [(start, 0) for start in edges[:-1]])
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

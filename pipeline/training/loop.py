@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.errors import TrainingError
 from pipeline.generation import GenerationRecord, seal, write_classifier_part
 from pipeline.identities import IdentityTable
+from pipeline.training.checkpoint_place import Origin
 from pipeline.training.guards import check_space, goes_on_from, memory_advice, note
 from pipeline.training.spikes import Course
 from pipeline.training.trainer import Trainer
@@ -54,7 +55,7 @@ def train(
     trainer: Trainer,
     open_loader: OpenLoader,
     observer: Observer,
-    checkpoints: Path,
+    checkpoints: str | Path,
     destination: Path,
     record: GenerationRecord,
     identities: IdentityTable,
@@ -66,7 +67,7 @@ def train(
         trainer: this rank's part of the run.
         open_loader: gives the endless batches from a number on.
         observer: told of losses and speed.
-        checkpoints: folder of this run's checkpoints.
+        checkpoints: folder or URL of this run's checkpoints.
         destination: where the artefact will lie; its parent folder is shared by all ranks.
         record: of the artefact, without files and figures.
         identities: the run's table.
@@ -76,26 +77,27 @@ def train(
         TrainingError: losses or gradients are no numbers once too often, or memory or disk are full.
     """
     config, pulse = trainer.config, trainer.pulse
+    origin = Origin(parents=record.parents, data_digest=record.data_digest, code_version=record.code_version)
+    trainer.checkpoints.origin = origin
     with Watchdog(pulse, config.guards.collective_timeout_s, incidents), memory_advice(trainer):
         watch = Watch(trainer, observer, incidents)
         batches = Batches(open_loader)
         with pulse("restore"):
             step = watch.last_saved = watch.last_step = trainer.restore(checkpoints)
-        while step < config.steps:
-            with pulse("load", step):
-                batch = batches.at(step + watch.course.skipped)
-            losses_L, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
-            if watch.spike(batch, losses_L, norms, step):
-                step = watch.go_back(checkpoints, step)
-                continue
-            step += 1
-            with pulse("report"):
-                watch.report(step, losses_L, norms)
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                with pulse("save"):
-                    check_space(checkpoints, trainer.state_bytes(), trainer.device, step, watch.last_saved or None)
-                    trainer.save(checkpoints, step)
-                    watch.last_saved = step
+        with trainer.checkpoints:
+            while step < config.steps:
+                with pulse("load", step):
+                    batch = batches.at(step + watch.course.skipped)
+                losses_L, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
+                if watch.spike(batch, losses_L, norms, step):
+                    step = watch.go_back(checkpoints, step)
+                    continue
+                step += 1
+                with pulse("report"):
+                    watch.report(step, losses_L, norms)
+                if config.checkpoints.due(step, config.steps):
+                    with pulse("save"):
+                        watch.save(checkpoints, step, batches.quarantined)
         with pulse("export", step):
             after = step + watch.course.skipped  # of the step after the last: the same on a resume
             export(trainer, lambda: batches.at(after), destination, record, identities)
@@ -106,15 +108,22 @@ class Batches:
 
     def __init__(self, open_loader: OpenLoader) -> None:
         self._open_loader = open_loader
-        self._batches: Iterator[Batch] | None = None
+        self._loader: Iterable[Batch] | None = None
+        self._batches: Iterator[Batch] = iter(())
         self._next = 0
+
+    @property
+    def quarantined(self) -> int:
+        """Samples that this rank found not to decode."""
+        return int(getattr(self._loader, "quarantined", 0))
 
     def at(self, number: int) -> Batch:
         """The batch of a number; unless it is the next one, the loader is opened anew."""
-        if self._batches is None or number != self._next:
+        if self._loader is None or number != self._next:
             if isinstance(self._batches, Generator):
                 self._batches.close()
-            self._batches = iter(self._open_loader(number))
+            self._loader = self._open_loader(number)
+            self._batches = iter(self._loader)
         self._next = number + 1
         return next(self._batches)
 
@@ -192,7 +201,19 @@ class Watch:
                 f"lower training.optimiser.learning_rate; {goes_on_from(self.last_saved or None)}"
             )
 
-    def go_back(self, checkpoints: Path, step: int) -> int:
+    def save(self, checkpoints: str | Path, step: int, quarantined: int) -> None:
+        """Begin to write a checkpoint after `step` updates. Collective.
+
+        Raises:
+            TrainingError: it has no room, or the one before could not be written.
+        """
+        trainer = self.trainer
+        check_space(checkpoints, trainer.state_bytes(), trainer.device, step, self.last_saved or None)
+        trainer.counters = {"nonfinite": self.course.unusable, "quarantined": quarantined}
+        trainer.save(checkpoints, step)
+        self.last_saved = step
+
+    def go_back(self, checkpoints: str | Path, step: int) -> int:
         """Restore the last checkpoint after a spike at `step`, and skip the batches since. Collective."""
         before = self.course.counts()
         done = self.trainer.restore(checkpoints)

@@ -21,7 +21,9 @@ from pipeline.model.classifier import ClassifierConfig, ShardedClassifier, Windo
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.schema import Config
-from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Checkpoints
+from pipeline.training.checkpoint_config import CheckpointConfig
+from pipeline.training.checkpoint_state import State, rows_state
 from pipeline.training.engine import BackboneEngine, EngineConfig
 from pipeline.training.guards import GuardConfig, all_finite
 from pipeline.training.optimiser import OptimiserConfig, learning_rate
@@ -38,7 +40,7 @@ class TrainingConfig(Config):
     accumulation: int = Field(1, ge=1, description="micro-batches that an update is computed in, to save memory")
     optimiser: OptimiserConfig = OptimiserConfig()
     engine: EngineConfig = EngineConfig()
-    checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
+    checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = Field(10, ge=1, description="steps between logged losses")
     guards: GuardConfig = GuardConfig()
 
@@ -60,6 +62,10 @@ class Trainer:
             class means.
         config_digest: of all that shapes the run; a checkpoint of another one is not resumed.
         seed: of the initial weights and of dropout.
+
+    Attributes:
+        checkpoints: where its state goes.
+        counters: of the run so far, kept in each checkpoint.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class Trainer:
     ) -> None:
         self.compat = compat
         self.config, self.config_digest, self.seed, self.device = training, config_digest, seed, device
+        self.checkpoints, self.counters = Checkpoints(training.checkpoints, config_digest), dict[str, int]()
         self.rank = dist.get_rank()
         self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
         self.pulse, self.sound_here = Pulse(), True
@@ -210,24 +217,32 @@ class Trainer:
         self.classifier.followers.move()
         return norms
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint after `step` updates. Collective."""
-        checkpoint.save(folder, step, self.config_digest, self._state())
+    def save(self, where: str | Path, step: int) -> None:
+        """Begin to write a checkpoint after `step` updates; `checkpoints.join` waits for it. Collective.
 
-    def restore(self, folder: Path) -> int:
-        """Load this run's newest checkpoint, if any, and return how many updates are done. Collective."""
-        found = checkpoint.latest(folder, self.config_digest)
+        Raises:
+            TrainingError: as `Checkpoints.save`.
+        """
+        self.checkpoints.save(where, step, self._state(), self.counters)
+
+    def restore(self, where: str | Path) -> int:
+        """Load this run's newest checkpoint, if any, and return how many updates are done. Collective.
+
+        Raises:
+            TrainingError: as `Checkpoints.restore`.
+        """
+        state = self._state()
+        found = self.checkpoints.restore(where, state)
         if found is None:
             return 0
-        state = self._state()
-        step = checkpoint.load(found, state)
-        self.engine.load_state(state["backbone"], step)
-        return step
+        self.engine.load_state(state["backbone"], found.step)
+        self.counters = dict(found.counters)
+        return found.step
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
+    def _state(self) -> State:
         return {
             "backbone": self.engine.state(),
-            "classifier": checkpoint.rows_state(self.classifier, self.row_optimiser),
+            "classifier": rows_state(self.classifier, self.row_optimiser),
             "loop": self.kept,
         }
 

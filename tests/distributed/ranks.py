@@ -8,10 +8,12 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 120
+LOST = 9  # exit code of a rank that ends itself
 CONTEXT = multiprocessing.get_context("forkserver")
 os.environ["DS_ACCELERATOR"] = "cpu"
 CONTEXT.set_forkserver_preload(["torch", "deepspeed", "torch.distributed.checkpoint", "torch.distributed.tensor"])
@@ -58,6 +60,24 @@ def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any) -
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def lose_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """As `run_ranks`, but one rank ends itself by `os._exit(LOST)`; the others end as its machine's neighbours do."""
+    with tempfile.TemporaryDirectory() as folder:
+        results: Any = CONTEXT.SimpleQueue()
+        processes = [
+            CONTEXT.Process(target=_rank, args=(rank, world_size, folder, results, function, arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        wait([process.sentinel for process in processes], TIMEOUT_S)
+        for process in processes:
+            process.kill()
+            process.join()
+        told = [] if results.empty() else [results.get()[2]]
+        assert LOST in [process.exitcode for process in processes], told
 
 
 def _mortal(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:

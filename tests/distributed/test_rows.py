@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import planner_helpers
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pipeline.compat.methods.bct import Bct
@@ -23,7 +22,9 @@ from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import batch_parts, initial_rows, row_range
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint_state
+from pipeline.training.checkpoint_files import Reader
+from pipeline.training.checkpoint_place import CheckpointRecord, Place
 from pipeline.training.trainer import Trainer, TrainingConfig
 from tests.distributed.ranks import run_ranks
 
@@ -33,7 +34,7 @@ ROWS, BATCH = 101, 12
 
 
 def make_trainer(optimiser: str, shard_ranks: int | None = None) -> Trainer:
-    checkpoint.BLOCK_ROWS = 8
+    checkpoint_state.BLOCK_ROWS = 8
     table = IdentityTable(tuple(f"id{row:03d}" for row in range(ROWS)))
     config = TrainingConfig.model_validate({"global_batch": BATCH, "optimiser": {"name": optimiser}, "steps": 50})
     classifier = ClassifierConfig(sample_rate=0.5, shard_ranks=shard_ranks)
@@ -54,6 +55,7 @@ def train_and_save(rank: int, world_size: int, folder: str, optimiser: str, shar
     for step in range(3):
         one_step(trainer, step, rank, world_size)
     trainer.save(Path(folder), 3)
+    trainer.checkpoints.join()
     return held(trainer)
 
 
@@ -72,6 +74,7 @@ def load_and_save(rank: int, world_size: int, source: str, target: str | None, o
     assert trainer.restore(Path(source)) == 3
     if target is not None:
         trainer.save(Path(target), 3)
+        trainer.checkpoints.join()
     state = [value.clone() if isinstance(value, Tensor) else value for value in held(trainer)]
     features, parts = torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(0)), batch_parts(BATCH, world_size)
     mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
@@ -113,8 +116,11 @@ def test_two_groups_of_two_ranks_save_what_one_process_loads(tmp_path: Path) -> 
 def read_by(_rank: int, world_size: int, folder: str) -> tuple[int, list[int]]:
     """Rows of the classifier that this rank reads to resume."""
     trainer = make_trainer("sgd")
-    metadata = FileSystemReader(str(checkpoint.latest(Path(folder), "digest"))).read_metadata()
-    state = checkpoint.rows_state(trainer.classifier, trainer.row_optimiser)
+    place = Place(folder)
+    record = place.record(3)
+    assert isinstance(record, CheckpointRecord)
+    metadata = Reader(place, record, verify=True).read_metadata()
+    state = checkpoint_state.rows_state(trainer.classifier, trainer.row_optimiser)
     entry = metadata.state_dict_metadata["classifier.weight"]
     items = planner_helpers._create_read_items("classifier.weight", entry, state["weight"])
     assert world_size == 3

@@ -22,6 +22,7 @@ from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.rows import batch_parts, initial_rows
+from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.engine import BackboneEngine, EngineConfig
 from pipeline.training.guards import GuardConfig
 from pipeline.training.loop import train
@@ -194,7 +195,11 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 CONFIG = TrainingConfig(
-    steps=7, global_batch=9, checkpoint_every=3, log_every=1, optimiser=OptimiserConfig(learning_rate=0.01)
+    steps=7,
+    global_batch=9,
+    checkpoints=CheckpointConfig(every=3),
+    log_every=1,
+    optimiser=OptimiserConfig(learning_rate=0.01),
 )
 
 

@@ -217,7 +217,7 @@ def test_killed_driver_goes_on_from_the_last_checkpoint(report: dict[str, Any], 
     assert report, "packs the data"
     tree = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     tree |= {"name": "killed", "generations": {"v1": tree["generations"]["v1"]}}
-    tree["defaults"]["training"] |= {"steps": 300, "checkpoint_every": 20}
+    tree["defaults"]["training"] |= {"steps": 300, "checkpoints": {"every": 20}}
     config = home / "killed.yaml"
     config.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "jobs/train_bct.py", "--config", str(config)]

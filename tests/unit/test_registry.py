@@ -161,6 +161,17 @@ def test_system_metrics_are_sampled_while_it_runs_and_can_be_off(registry: Regis
     assert client.get_run(other).data.metrics == {"loss": 1.0}
 
 
+def test_a_resumed_run_records_no_step_of_a_metric_twice(registry: Registry, client: MlflowClient) -> None:
+    run_id = start(registry, "v1")
+    for steps in (range(1, 6), range(4, 8)):  # killed after step 5, resumed from the checkpoint of step 3
+        with MlflowTracker(registry.uri, run_id, system_every=0) as tracker:
+            for step in steps:
+                tracker.log(step, {"loss": 1.0 / step} | ({"late": 0.0} if step > 6 else {}))
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == list(range(1, 8))
+    assert [metric.step for metric in client.get_metric_history(run_id, "late")] == [7]
+    assert tracker.dropped == 0
+
+
 def test_a_tracker_is_built_in_another_process_from_two_strings(registry: Registry, client: MlflowClient) -> None:
     run_id = start(registry, "v1")
     arguments = pickle.loads(pickle.dumps((registry.uri, run_id)))
