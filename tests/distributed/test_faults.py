@@ -18,7 +18,7 @@ from tests.distributed.test_training import tensors
 from tests.faults import EXIT_CODE, ROOT, Fault, environment, happened
 
 CONFIG = TrainingConfig(
-    steps=7, global_batch=9, checkpoint_every=2, log_every=1, optimiser=OptimiserConfig(learning_rate=0.01)
+    steps=7, global_batch=9, checkpoints=CheckpointConfig(every=2), log_every=1, optimiser=OptimiserConfig(learning_rate=0.01)
 )
 DEATHS = [  # in the order in which a run comes to them
     Fault("kill", "before load", rank=0, step=0),
@@ -84,7 +84,7 @@ import torch.distributed as dist
 from pipeline.training.trainer import TrainingConfig
 from tests.distributed.small_run import run
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-config = TrainingConfig(steps=3, global_batch=4, checkpoint_every=1, log_every=1)
+config = TrainingConfig(steps=3, global_batch=4, checkpoints=CheckpointConfig(every=1), log_every=1)
 print([step for step, _ in run(0, 1, sys.argv[1], config)])
 """
 

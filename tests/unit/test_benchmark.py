@@ -115,6 +115,23 @@ def test_evaluation_agrees_with_the_public_way(tmp_path: Path, task: str, rival:
         assert result["faiss_first_below_best"] == 0
 
 
+def test_checkpoints_are_saved_copied_and_loaded_by_fewer_ranks(tmp_path: Path) -> None:
+    target, disk = tmp_path / "result.json", tmp_path / "disk"
+    disk.mkdir()
+    command = [sys.executable, "jobs/benchmark.py", "checkpoint", "--rows", "50000", "--stall-rows", "5000"]
+    command += ["--writers", "3", "--readers", "2", "--repeats", "1", "--folder", str(disk), "--json", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(target.read_text())
+    assert result["bytes"] == 2 * 50000 * 128 * 4
+    assert min(result[key] for key in ("stall_ratio", "resume_s", "reshard_over_copy")) > 0
+    assert 0 <= result["reshard_extra_bytes"] <= 256 << 20
+    (one,) = result["rounds"]["reshard"]
+    assert result["reshard_over_copy"] == pytest.approx(one["copy_s"] / one["resume_s"])
+    assert "memory of a rank beyond its own part" in done.stdout
+    assert list(disk.iterdir()) == [], "nothing is left"
+
+
 def test_faces_of_one_identity_are_alike_whichever_rows_hold_them() -> None:
     identity = np.array([5, 9, 5, 102, 9])
     unit = faces(identity, 515, 0)
@@ -148,6 +165,13 @@ def test_mistakes_of_evaluation_are_told_in_one_line(
     assert benchmark.main(["evaluation", *arguments]) == 2
     errors = capsys.readouterr().err
     assert told in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["checkpoint", "--rows", "900000000000"]) == 2
+    errors = capsys.readouterr().err
+    assert "of memory, of which" in errors
     assert errors.count("\n") == 1
 
 
