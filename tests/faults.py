@@ -210,14 +210,14 @@ def _wrap_classifier(module: ModuleType) -> None:
 
 
 def _wrap_writer(module: ModuleType) -> None:
-    original = module.FileSystemWriter.write_data
+    original = module.Writer.write_data
 
     def write_data(self: Any, *arguments: Any) -> Any:
         if _due(("write_error",)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(self, *arguments)
 
-    module.FileSystemWriter.write_data = write_data
+    module.Writer.write_data = write_data
 
 
 def _wrap_guards(module: ModuleType) -> None:
@@ -240,11 +240,11 @@ def _wrap_gradients(module: ModuleType) -> None:
 
 WRAPPED: dict[str, Callable[[ModuleType], None]] = {
     "pipeline.training.watchdog": _wrap_phases,
-    "pipeline.training.checkpoint": lambda module: _around(module, "write_json", "commit"),
+    "pipeline.training.checkpoint_place": lambda module: _around(module.Place, "commit", "commit"),
     "pipeline.family": lambda module: _around(module.Member, "complete", "register"),
     "pipeline.training.engine": _wrap_engine,
     "pipeline.model.classifier": _wrap_classifier,
-    "torch.distributed.checkpoint.filesystem": _wrap_writer,
+    "pipeline.training.checkpoint_files": _wrap_writer,
     "pipeline.training.guards": _wrap_guards,
     "pipeline.training.trainer": _wrap_gradients,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.optimiser import OptimiserConfig
 from pipeline.training.trainer import TrainingConfig
 from tests.distributed.ranks import exit_codes, run_ranks
@@ -18,7 +19,11 @@ from tests.distributed.test_training import tensors
 from tests.faults import EXIT_CODE, ROOT, Fault, environment, happened
 
 CONFIG = TrainingConfig(
-    steps=7, global_batch=9, checkpoints=CheckpointConfig(every=2), log_every=1, optimiser=OptimiserConfig(learning_rate=0.01)
+    steps=7,
+    global_batch=9,
+    checkpoints=CheckpointConfig(every=2, asynchronous=False),
+    log_every=1,
+    optimiser=OptimiserConfig(learning_rate=0.01),
 )
 DEATHS = [  # in the order in which a run comes to them
     Fault("kill", "before load", rank=0, step=0),
@@ -81,10 +86,11 @@ def test_write_that_fails_on_one_rank_is_raised_on_all_and_the_previous_checkpoi
 ALONE = """
 import sys
 import torch.distributed as dist
+from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.trainer import TrainingConfig
 from tests.distributed.small_run import run
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-config = TrainingConfig(steps=3, global_batch=4, checkpoints=CheckpointConfig(every=1), log_every=1)
+config = TrainingConfig(steps=3, global_batch=4, checkpoints=CheckpointConfig(every=1, asynchronous=False), log_every=1)
 print([step for step, _ in run(0, 1, sys.argv[1], config)])
 """
 

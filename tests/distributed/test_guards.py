@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.model.classifier import ClassifierConfig
+from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.engine import EngineConfig
 from pipeline.training.guards import GuardConfig
 from pipeline.training.optimiser import OptimiserConfig
@@ -23,7 +24,11 @@ from tests.distributed.test_training import tensors
 from tests.faults import Fault, happened, install
 
 CONFIG = TrainingConfig(
-    steps=7, global_batch=9, checkpoints=CheckpointConfig(every=3), log_every=1, optimiser=OptimiserConfig(learning_rate=0.01)
+    steps=7,
+    global_batch=9,
+    checkpoints=CheckpointConfig(every=3, asynchronous=False),
+    log_every=1,
+    optimiser=OptimiserConfig(learning_rate=0.01),
 )
 NAN_IN_IMAGES = Fault("nan", "before forward", rank=1)
 NAN_IN_GRADIENT = Fault("nan", "in losses", rank=1)
@@ -104,7 +109,9 @@ def test_keys_of_a_batch_on_which_nobody_moved_are_written_down(tmp_path: Path) 
 
 def test_a_spike_is_told_once_and_undone_by_going_back(tmp_path: Path) -> None:
     guards = GuardConfig(spike_factor=4, rewind=True, rewind_limit=1)
-    config = CONFIG.model_copy(update={"steps": 26, "checkpoints": CheckpointConfig(every=10), "guards": guards})
+    config = CONFIG.model_copy(
+        update={"steps": 26, "checkpoints": CheckpointConfig(every=10, asynchronous=False), "guards": guards}
+    )
     seen = run_ranks(2, run, str(tmp_path / "spiked"), config, [], 22)[0]
     (spike,) = entries(tmp_path / "spiked" / "incidents", "spikes-00000.jsonl")
     assert (spike["step"], spike["back_to"]) == (22, 20)
