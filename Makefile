@@ -28,10 +28,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11; run make with PYTHON=/path/to/a/newer/python3" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock
-	@# With what the platform's build of torch pins itself: for GPUs CUDA's libraries and a Triton, else nothing.
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,npm]"
+	.ci/install $(BIN)/python
 	@touch $@
 
 demo: install cluster
