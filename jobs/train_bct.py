@@ -2,6 +2,8 @@
 
 python jobs/train_bct.py                                    configs/quickstart.yaml
 python jobs/train_bct.py --config FILE key.sub=value ...    another config, with overrides
+
+Exit code 75: it was stopped (SIGTERM, or too few nodes were left), and the same command goes on.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,24 +18,28 @@ import torch
 import torch.distributed as dist
 from ray._private.services import canonicalize_bootstrap_address
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.config import RunConfig
+from pipeline.board import Board, Ear, heed_sigterm
 from pipeline.console import say
 from pipeline.data.manifest import Manifest
-from pipeline.errors import ClusterError, PipelineError
+from pipeline.errors import ClusterError, StoppedError
+from pipeline.failures import in_short, users_mistake, waited_in_vain
+from pipeline.foreman import Foreman, Progress
 from pipeline.generation import RECORD, Generation
 from pipeline.identities import IdentityTable
+from pipeline.observers import Poster, Silence
 from pipeline.plan import Plan
 from pipeline.redaction import redacted
+from pipeline.termination import on_sigterm
+from pipeline.training.stopping import Listen
 
 # Set before a worker imports torch. Threads that wait must sleep: on a small machine spinning ones take five to ten
 # times the throughput of everybody.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-POLL_S = 0.5
 PROBE_S = 5.0
 MEANS_BATCH = 256  # images at a time, where a method asks for class means
-
-Progress = Callable[[str, int, dict[str, float]], None]  # generation, steps done, figures
 
 
 def connect() -> None:
@@ -47,12 +52,15 @@ def connect() -> None:
         return
     # Ray runs workers at the lowest priority: on a laptop anything else would starve them. Set where we start it.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # One process less to start with each group of workers: what it would tell them, they do not listen to yet.
+    # One process less to start with each group of workers: the driver watches the nodes itself.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(ray_address(), runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray cannot be reached: {redacted(' '.join(str(error).split()))[:300]}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray has set its own, which knows nothing of checkpoints
 
 
 def ray_address() -> str | None:
@@ -88,84 +96,110 @@ def dashboard() -> str:
     return f"http://{url}" if url else ""
 
 
-@ray.remote(num_cpus=0)
-class Board:
-    """Where rank 0 posts how a training goes and the driver reads it; worker output is never parsed."""
-
-    def __init__(self) -> None:
-        self.latest: tuple[str, int, dict[str, float]] = ("", 0, {})
-
-    def post(self, name: str, step: int, metrics: dict[str, float]) -> None:
-        """Replace what stands there."""
-        self.latest = (name, step, metrics)
-
-    def read(self) -> tuple[str, int, dict[str, float]]:
-        """The last post."""
-        return self.latest
-
-
 def train_generations(plans: Sequence[Plan], on_progress: Progress) -> None:
     """Train one generation after the other on the cluster's workers, each from its last checkpoint to its artefact.
 
     None of them may be another's parent. They share one group of workers, which takes Ray half a minute to start.
-    Lost workers are replaced `cluster.max_failures` times. A user's mistake found by a worker is raised as it is.
+    Lost workers are replaced, but `cluster.max_failures` times at most without getting any further. Between
+    `cluster.min_workers` and `cluster.workers` the group follows what the nodes have room for. A user's mistake found
+    by a worker is raised as it is.
 
     Raises:
         ClusterError: the workers failed once too often.
+        StoppedError: SIGTERM, or too few nodes are left; the last checkpoint stands.
     """
-    config, names = plans[0].config, ", ".join(plan.record.name for plan in plans)
-    _check_resources(config)
-    board = Board.remote()  # type: ignore[attr-defined]
-    with _Reader(board, on_progress):
-        for attempt in range(config.cluster.max_failures + 1):
-            try:
-                _trainer(plans, board).fit()
-                break
-            except ray.train.TrainingFailedError as error:
-                if mistake := users_mistake(error):
-                    raise mistake from None
-                cause = _short(error)
-                if attempt == config.cluster.max_failures:
-                    raise ClusterError(f"training {names} failed {attempt + 1} times; last: {cause}") from error
-                say(f"{names}: workers failed ({cause}); going on from the last checkpoint")
+    cluster, names = plans[0].config.cluster, ", ".join(plan.record.name for plan in plans)
+    # Beside the driver, where no lost node takes it along. A soft affinity puts an actor without CPUs anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    with Foreman(cluster, board, on_progress) as foreman, on_sigterm(foreman.terminate):
+        try:
+            _train_until_sealed(plans, board, foreman, names)
+        except (KeyboardInterrupt, ray.exceptions.RayError):
+            if not foreman.terminated:
+                raise
+            late = f"no checkpoint within cluster.preemption_deadline_s={cluster.preemption_deadline_s:g}"
+            raise StoppedError(f"{names}: told to end (SIGTERM), {late}; the one before stands") from None
     ray.kill(board)
 
 
-def _trainer(plans: Sequence[Plan], board: Any) -> TorchTrainer:
+def _train_until_sealed(plans: Sequence[Plan], board: Any, foreman: Foreman, names: str) -> None:
+    cluster, failures, workers = plans[0].config.cluster, 0, foreman.first_muster()
+    while True:
+        foreman.engage(workers)
+        try:
+            if _trainer(plans, board, workers).fit().return_value:  # type: ignore[attr-defined]  # see _trainer
+                return
+            told = "the workers stopped after a checkpoint"
+        except ray.train.TrainingFailedError as error:
+            if mistake := users_mistake(error):
+                raise mistake from None
+            told, vain = f"workers failed ({in_short(error)})", waited_in_vain(error)
+            failures = (0 if foreman.got_further() else failures) + (not vain)
+            if failures > cluster.max_failures and not foreman.terminated:
+                raise ClusterError(f"training {names} failed {failures} times; last: {in_short(error)}") from error
+            if vain:
+                foreman.ask_for_what_is_free()
+        if foreman.terminated:
+            raise StoppedError(f"{names}: told to end (SIGTERM); {told}")
+        workers = foreman.muster()
+        say(f"{names}: {told}; going on from the last checkpoint with {workers} of {cluster.workers} workers")
+
+
+def _trainer(plans: Sequence[Plan], board: Any, workers: int) -> TorchTrainer:
     cluster = plans[0].config.cluster
+    # mypy reads the types of Ray Train's first version, whose results had no return value; the second one runs.
     return TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]
         train_loop_config={"plans": list(plans), "board": board},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        torch_config=_TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.gpu else {})},
+            num_workers=workers, use_gpu=cluster.gpu, resources_per_worker=cluster.needs
         ),
         # A name of its own each time: Ray resumes, silently, whatever has the same. We resume by our own checkpoints.
+        # Workers that cannot be started are ours to ask again, for as many as there is room for then.
         run_config=ray.train.RunConfig(
-            name=f"train-{uuid.uuid4().hex[:8]}", storage_path=str(plans[0].config.folder / "ray")
+            name=f"train-{uuid.uuid4().hex[:8]}",
+            storage_path=str(plans[0].config.folder / "ray"),
+            failure_config=ray.train.FailureConfig(controller_failure_limit=0),  # type: ignore[call-arg]
         ),
     )
 
 
-def _worker(arguments: dict[str, Any]) -> None:
-    """One rank, from its process group to the sealed artefacts."""
-    for plan in arguments["plans"]:
-        if not (plan.destination / RECORD).is_file():  # a group that replaces a lost one finds the first ones done
-            _train_one(plan, arguments["board"])
+class _HeedingBackend(_TorchBackend):
+    """Ray Train's, whose workers heed SIGTERM: a handler can only be set from the main thread, where this runs."""
+
+    def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(heed_sigterm)
 
 
-def _train_one(plan: Plan, board: Any) -> None:
+class _TorchConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_HeedingBackend]:
+        return _HeedingBackend
+
+
+def _worker(arguments: dict[str, Any]) -> bool:
+    """One rank, from its process group to the sealed artefacts; False if it was asked to stop before."""
+    board, listen = arguments["board"], Ear(arguments["board"], dist.get_rank())
+    # A group that replaces a lost one finds the first artefacts done.
+    return all((plan.destination / RECORD).is_file() or _train_one(plan, board, listen) for plan in arguments["plans"])
+
+
+def _train_one(plan: Plan, board: Any, listen: Listen) -> bool:
     from pipeline.data.loader import TrainingLoader, iterate_identities
     from pipeline.data.quarantine import Quarantine
     from pipeline.data.store import open_store
     from pipeline.data.store_metadata import metadata_folder
     from pipeline.training.loop import train
+    from pipeline.training.micro_batches import accumulation_on
     from pipeline.training.trainer import Trainer
 
     config = plan.config
     generation = config.generations[plan.record.name]
+    training, ranks = generation.training, dist.get_world_size()
+    accumulation = accumulation_on(ranks, config.cluster.workers, training.accumulation, training.global_batch)
     threads = max(1, int(config.cluster.cpus_per_worker))
     torch.set_num_threads(threads)
     device = ray.train.torch.get_device()
@@ -184,7 +218,7 @@ def _train_one(plan: Plan, board: Any) -> None:
         generation.backbone,
         generation.margin,
         generation.compat,
-        generation.training,
+        training.model_copy(update={"accumulation": accumulation}),
         generation.classifier,
         plan.record.config_digest,
         generation.seed,
@@ -200,9 +234,9 @@ def _train_one(plan: Plan, board: Any) -> None:
             config.preprocess,
             generation.augment,
             seed=generation.seed,
-            global_batch=generation.training.global_batch,
+            global_batch=training.global_batch,
             rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
+            world_size=ranks,
             order=config.data.order,
             threads=threads,
             device=device,
@@ -212,102 +246,7 @@ def _train_one(plan: Plan, board: Any) -> None:
             patience_s=generation.training.guards.loader_timeout_s,
         )
 
-    observer = _Observer(plan, board) if dist.get_rank() == 0 else _Silence()
+    observer = Poster(plan, board) if dist.get_rank() == 0 else Silence()
     with observer, closing(store):
-        places = plan.checkpoints, plan.destination
-        train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine)
-
-
-class _Silence:
-    """The observer of all ranks but 0."""
-
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Nothing: rank 0 tells."""
-
-    def __enter__(self) -> _Silence:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
-
-
-class _Observer(_Silence):
-    """Rank 0's: posts to the driver's board and to the tracking server, and waits for neither."""
-
-    def __init__(self, plan: Plan, board: Any) -> None:
-        from pipeline.tracking.tracker import MlflowTracker
-
-        self.name, self.board, self.tracker = plan.record.name, board, MlflowTracker(plan.tracking_uri, plan.run_id)
-        board.post.remote(self.name, 0, {})
-
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        self.board.post.remote(self.name, step, metrics)
-        self.tracker.log(step, metrics)
-
-    def __exit__(self, *_: object) -> None:
-        self.tracker.close()
-
-
-class _Reader:
-    """Reads the board in a thread while the driver waits for the workers."""
-
-    def __init__(self, board: Any, on_progress: Progress) -> None:
-        self.board, self.on_progress = board, on_progress
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._follow, name="progress", daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-
-    def _follow(self) -> None:
-        last = ("", 0)
-        while not self.ended.wait(POLL_S) or self._tell(last) != last:
-            last = self._tell(last)
-
-    def _tell(self, last: tuple[str, int]) -> tuple[str, int]:
-        try:
-            name, step, metrics = ray.get(self.board.read.remote(), timeout=10)
-        except (ray.exceptions.RayError, TimeoutError):
-            return last
-        if (name, step) != last:
-            self.on_progress(name, step, metrics)
-        return name, step
-
-
-def users_mistake(error: BaseException | None) -> PipelineError | None:
-    """The PipelineError at the bottom of what Ray wraps a worker's exception in, if there is one."""
-    seen: list[BaseException] = []
-    pending: list[Any] = [error]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, PipelineError):
-            return one
-        if isinstance(one, BaseException) and one not in seen:
-            seen.append(one)
-            failures = getattr(one, "worker_failures", {})
-            pending += [one.__cause__, getattr(one, "cause", None), getattr(one, "_base_exc", None), *failures.values()]
-    return None
-
-
-def _short(error: BaseException) -> str:
-    """The last line that says something, of an error of many."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    told = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
-    return redacted(lines[-1])[:300] if lines else type(told).__name__
-
-
-def _check_resources(config: RunConfig) -> None:
-    """Ask for no more than the cluster has: Ray would wait for ever."""
-    cluster, there = config.cluster, ray.cluster_resources()  # type: ignore[no-untyped-call]
-    needed = {"CPU": cluster.workers * cluster.cpus_per_worker, "GPU": cluster.workers if cluster.gpu else 0}
-    for kind, amount in needed.items():
-        if amount > there.get(kind, 0):
-            raise ClusterError(
-                f"cluster.workers={cluster.workers} need {amount:g} {kind}, but the Ray cluster has "
-                f"{there.get(kind, 0):g}; lower cluster.workers or cluster.cpus_per_worker, or add nodes"
-            )
+        places = (plan.checkpoints, plan.destination)
+        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, listen)

@@ -15,6 +15,7 @@ import pydantic
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.cluster_config import ClusterConfig
 from pipeline.compat.methods import CompatConfig
 from pipeline.compat.methods.bct import Bct
 from pipeline.data.order import OrderConfig
@@ -79,15 +80,6 @@ class DataConfig(Config):
         return without_secret(train)
 
 
-class ClusterConfig(Config):
-    """What is asked of Ray."""
-
-    workers: int = Field(2, ge=1, description="training processes")
-    cpus_per_worker: float = Field(1, gt=0, description="Ray CPUs that a worker reserves; also its threads")
-    gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
-    max_failures: int = Field(2, ge=0, description="times that lost workers are replaced, from the last checkpoint")
-
-
 class GenerationConfig(Config):
     """One generation: what it is, what it learns from, and what it must stay compatible with."""
 
@@ -112,6 +104,15 @@ class GenerationConfig(Config):
         if self.classifier.start not in (None, *self.parents):
             raise ValueError(f"classifier.start {self.classifier.start!r} is none of the generation's parents")
         return self
+
+    @property
+    def bound_to_workers(self) -> str | None:
+        """Which of its keys lets the number of processes shape the result, or forbids another one."""
+        if self.compat.compares_samples:
+            return f"compat.method {self.compat.method!r} compares the samples of a micro-batch"
+        if self.classifier.fused_update:
+            return "classifier.fused_update leaves no room for accumulation"
+        return "classifier.shard_ranks must divide it" if self.classifier.shard_ranks not in (None, 1) else None
 
 
 class RunConfig(Config):
@@ -155,6 +156,8 @@ class RunConfig(Config):
                     f"generations.{name}.training.global_batch is {generation.training.global_batch}, "
                     f"less than one sample for each of {self.cluster.workers} workers"
                 )
+            if self.cluster.fewest < self.cluster.workers and (reason := generation.bound_to_workers):
+                raise ValueError(f"cluster.min_workers changes the number of workers, but generations.{name}.{reason}")
         return self
 
     @property

@@ -17,7 +17,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print one line of progress."""
-    console.print(text)
+    console.print(text, markup=False)  # an error told in it may hold brackets
 
 
 @contextmanager

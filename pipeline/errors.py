@@ -39,3 +39,12 @@ class TrainingError(PipelineError):
 
 class ClusterError(PipelineError):
     """Ray, or a worker on it, could not do what was asked."""
+
+
+class StoppedError(PipelineError):
+    """A run ended before its last step without having failed: it was asked to, or its nodes are gone.
+
+    Its checkpoints are whole, and the same command goes on from them.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later

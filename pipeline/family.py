@@ -19,12 +19,12 @@ from pipeline.console import say
 from pipeline.data.manifest import Manifest
 from pipeline.data.quarantine import read_quarantine
 from pipeline.data.store_metadata import metadata_folder
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StoppedError
 from pipeline.files import write_json
 from pipeline.generation import RECORD, Generation, GenerationRecord
 from pipeline.identities import IdentityTable
 from pipeline.plan import Plan
-from pipeline.registry import DatasetInput, RegisteredGeneration, Registry
+from pipeline.registry import DatasetInput, RegisteredGeneration, Registry, RunStatus
 from pipeline.schema import digest_json
 
 
@@ -206,16 +206,20 @@ def train_missing(
     for together in levels(config):
         waiting = [member for member in members if member.name in together and member.registered() is None]
         plans = {member.name: member.begin() for member in waiting}
+        outcome: RunStatus = "FAILED"  # of a run whose generation is not sealed; the next takes it up either way
         try:
             if missing := [plans[member.name] for member in waiting if member.find() is None]:
                 train(missing)
+        except (StoppedError, KeyboardInterrupt):
+            outcome = "KILLED"
+            raise
         finally:  # also what was sealed before a failure
             for member in waiting:
                 _tell_quarantine(plans[member.name])
                 if (member.artefact / RECORD).is_file():
                     member.complete(plans[member.name].run_id)
                 else:
-                    registry.finish_run(plans[member.name].run_id, "FAILED")
+                    registry.finish_run(plans[member.name].run_id, outcome)
     return {member.name: Generation(member.artefact) for member in members}
 
 

@@ -1,12 +1,19 @@
-"""How a job ends: what a user can mend is one line and an exit code, never a traceback."""
+"""How a job ends: what a user can mend is one line and an exit code, never a traceback.
+
+0    done
+2    a mistake that the user can mend, told in one line (3: a promotion was refused by its gates)
+75   stopped before the end, by SIGTERM or for want of nodes; nothing is lost: the same command goes on
+130  Ctrl-C; the same command goes on
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError
 from pipeline.redaction import redacted
+from pipeline.termination import on_sigterm
 
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended
 
@@ -18,12 +25,23 @@ def exit_code(work: Callable[[], object], again: str = "run the same command aga
         work: the job, its arguments read.
         again: what to do after an interruption.
     """
+    terminated = False
+
+    def terminate() -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt  # as Ctrl-C: everything that must be closed is
+
     try:
-        work()
+        with on_sigterm(terminate):
+            work()
+    except StoppedError as stopped:
+        print(f"stopped: {stopped}; {again}", file=sys.stderr)
+        return stopped.exit_code
     except PipelineError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"interrupted; {again}", file=sys.stderr)
-        return INTERRUPTED
+        print(f"{'terminated' if terminated else 'interrupted'}; {again}", file=sys.stderr)
+        return StoppedError.exit_code if terminated else INTERRUPTED
     return 0

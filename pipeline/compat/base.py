@@ -99,6 +99,7 @@ class Method(Config):
     takes_parents: ClassVar[bool] = True
     asks_features: ClassVar[bool] = False  # of the parents, for each batch
     starts_from_parent: ClassVar[bool] = False  # the backbone's first weights are the (only) parent's
+    compares_samples: ClassVar[bool] = False  # of a micro-batch with each other: its size shapes the loss
 
     @property
     def asks_means(self) -> bool:

@@ -67,7 +67,7 @@ class CheckpointRecord(Config):
     world_size: int = Field(ge=1)
     origin: Origin = Origin()
     counters: dict[str, int] = Field({})
-    random: str = "reseeded from seed, step, rank and micro-batch"
+    random: str = "reseeded from seed, step and the first sample of a micro-batch"
 
 
 class Place:

@@ -18,6 +18,7 @@ from pipeline.identities import IdentityTable
 from pipeline.training.checkpoint_place import Origin
 from pipeline.training.guards import check_space, goes_on_from, memory_advice, note
 from pipeline.training.spikes import Course
+from pipeline.training.stopping import Listen, Wish, agree
 from pipeline.training.trainer import Trainer
 from pipeline.training.watchdog import Watchdog
 
@@ -60,8 +61,9 @@ def train(
     record: GenerationRecord,
     identities: IdentityTable,
     incidents: Path,
-) -> None:
-    """Train to the last step and seal the generation at `destination`.
+    listen: Listen | None = None,
+) -> bool:
+    """Train to the last step and seal the generation at `destination`, unless asked to stop before.
 
     Args:
         trainer: this rank's part of the run.
@@ -72,6 +74,10 @@ def train(
         record: of the artefact, without files and figures.
         identities: the run's table.
         incidents: folder where each rank writes down what went wrong.
+        listen: what this rank has been asked; None on all ranks: nobody asks.
+
+    Returns:
+        Whether the generation is sealed; if not, the newest checkpoint is of the last step that was done.
 
     Raises:
         TrainingError: losses or gradients are no numbers once too often, or memory or disk are full.
@@ -95,12 +101,17 @@ def train(
                 step += 1
                 with pulse("report"):
                     watch.report(step, losses_L, norms)
-                if config.checkpoints.due(step, config.steps):
+                    wish = agree(listen(), trainer.device) if listen else Wish.GO_ON
+                due = config.checkpoints.due(step, config.steps)
+                if due or wish is Wish.NOW:
                     with pulse("save"):
                         watch.save(checkpoints, step, batches.quarantined)
+                if wish is Wish.NOW or (wish is Wish.AT_CHECKPOINT and due and step < config.steps):
+                    return False
         with pulse("export", step):
             after = step + watch.course.skipped  # of the step after the last: the same on a resume
             export(trainer, lambda: batches.at(after), destination, record, identities)
+    return True
 
 
 class Batches:

@@ -8,25 +8,9 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError
 from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.mesh import ClassMesh
-from pipeline.model.rows import batch_parts
 
 if TYPE_CHECKING:  # the trainer asks these
     from pipeline.training.trainer import TrainingConfig
-
-
-def micro_parts(global_batch: int, accumulation: int, ranks: int) -> list[list[int]]:
-    """Samples of each rank in each micro-batch of an update.
-
-    Raises:
-        ConfigError: some would have none.
-    """
-    if global_batch < accumulation * ranks:
-        raise ConfigError(
-            f"training.global_batch={global_batch} leaves nothing for some of {ranks} processes in "
-            f"{accumulation} micro-batches; raise it, or lower training.accumulation or cluster.workers"
-        )
-    by_rank = [batch_parts(part, accumulation) for part in batch_parts(global_batch, ranks)]
-    return [list(parts) for parts in zip(*by_rank, strict=True)]
 
 
 def updates_tile_by_tile(classifier: ClassifierConfig, training: TrainingConfig, mesh: ClassMesh) -> bool:
@@ -49,6 +33,6 @@ def updates_tile_by_tile(classifier: ClassifierConfig, training: TrainingConfig,
     return not standing if classifier.fused_update is None else classifier.fused_update
 
 
-def stream(seed: int, step: int, rank: int, micro: int) -> int:
-    """Seed of the random numbers of one rank's micro-batch."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}/{micro}".encode()).digest()[:7])
+def stream(seed: int, step: int, first_sample: int) -> int:
+    """Seed of the random numbers of a micro-batch, by where it begins in the global batch."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{first_sample}".encode()).digest()[:7])

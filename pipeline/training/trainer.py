@@ -26,9 +26,10 @@ from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.checkpoint_state import State, rows_state
 from pipeline.training.engine import BackboneEngine, EngineConfig
 from pipeline.training.guards import GuardConfig, all_finite
+from pipeline.training.micro_batches import first_sample, micro_parts
 from pipeline.training.optimiser import OptimiserConfig, learning_rate
 from pipeline.training.row_optimiser import RowOptimiser, clip_rows_
-from pipeline.training.setting import micro_parts, stream, updates_tile_by_tile
+from pipeline.training.setting import stream, updates_tile_by_tile
 from pipeline.training.watchdog import Pulse
 
 
@@ -161,7 +162,8 @@ class Trainer:
         for micro, (images, labels) in enumerate(
             zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
         ):
-            torch.manual_seed(stream(self.seed, step, self.rank, micro))  # dropout needs no state to be resumed
+            # Dropout needs no state to be resumed, and is the same for the same samples at any world size.
+            torch.manual_seed(stream(self.seed, step, first_sample(self.parts, self.rank, micro)))
             losses_L, loss, sound = self._forward(images, labels, micro, step, window, weight_L)
             total_L += losses_L
             if not sound:

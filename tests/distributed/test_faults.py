@@ -100,7 +100,7 @@ def test_a_process_that_is_started_has_the_faults_of_its_environment_once(tmp_pa
     faults = environment([Fault("exit", "after commit", rank=0, step=1)], tmp_path / "faults")
     command, outcomes = [sys.executable, "-c", ALONE, str(tmp_path)], []
     for _ in range(2):
-        environ = {**os.environ, **faults}
+        environ = {**os.environ, **faults, "LOCAL_RANK": "0"}
         done = subprocess.run(command, check=False, cwd=ROOT, env=environ, capture_output=True, text=True)
         outcomes.append((done.returncode, done.stdout.strip()))
     assert outcomes == [(EXIT_CODE, ""), (0, "[3]")]

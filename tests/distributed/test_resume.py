@@ -80,7 +80,7 @@ def run(rank: int, world_size: int, folder: Path, plain: bool, kill_at: int | No
             yield batch
 
     described, diary = record(CONFIG, "v2"), Diary(folder / "diary")
-    train(trainer, open_loader, diary, folder / "checkpoints", folder / "v2", described, TABLE)
+    train(trainer, open_loader, diary, folder / "checkpoints", folder / "v2", described, TABLE, folder / "incidents")
 
 
 def everything(_rank: int, _world_size: int, folder: Path) -> tuple[int, dict[str, Tensor]]:

@@ -30,6 +30,19 @@ class PrivateRay:
     gcs: str
     dashboard: str
     environment: dict[str, str]
+    session: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A further node of a private Ray, in a session of its own too."""
+
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """All of its processes at once, as if its machine were gone."""
+        end_session(self.process.pid)
+        self.process.wait()
 
 
 def free_ports(count: int) -> list[int]:
@@ -57,34 +70,57 @@ def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
     environment.pop("RAY_ADDRESS", None)
     (folder / "token").write_text("0123456789abcdef" * 4)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={client}", f"--num-cpus={cpus}", f"--temp-dir={folder / 't'}"]
-    # The agents' default ports may be another Ray's of another test.
+    command += [f"--ray-client-server-port={client}", f"--temp-dir={folder / 't'}", "--dashboard-host=127.0.0.1"]
+    command += _small(agents, cpus)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        _wait(url, process, folder / "log")
+        yield PrivateRay(f"127.0.0.1:{gcs}", url, environment, process.pid)
+    finally:
+        end_session(process.pid)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def further_node(ray: PrivateRay, cpus: int = 1) -> Iterator[Node]:
+    """Start another node on this machine; it joins within seconds, if it is not killed before."""
+    command = [str(BIN / "ray"), "start", "--block", f"--address={ray.gcs}", *_small(free_ports(4), cpus)]
+    quiet = subprocess.DEVNULL
+    node = Node(subprocess.Popen(command, env=ray.environment, stdout=quiet, stderr=quiet, start_new_session=True))
+    try:
+        yield node
+    finally:
+        node.kill()
+
+
+def _small(agents: list[int], cpus: int) -> list[str]:
+    """Options of a node. The agents' default ports may be another Ray's of another test."""
     names = (
         "dashboard-agent-listen-port",
         "dashboard-agent-grpc-port",
         "runtime-env-agent-port",
         "metrics-export-port",
     )
-    command += [f"--{name}={port}" for name, port in zip(names, agents, strict=True)]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        _wait(url, process, folder / "log")
-        yield PrivateRay(f"127.0.0.1:{gcs}", url, environment)
-    finally:
-        _end_session(process.pid)
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    ports = [f"--{name}={port}" for name, port in zip(names, agents, strict=True)]
+    return [*ports, f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
 
 
-def _end_session(session: int) -> None:
-    """Kill every process of a session: Ray's own survive a SIGTERM, and its workers have groups of their own."""
+def processes(session: int) -> Iterator[int]:
+    """Ids of a session's processes: Ray's workers have groups of their own, but no sessions."""
     for pid in psutil.pids():
         with suppress(ProcessLookupError, PermissionError):
             if os.getsid(pid) == session:
-                os.kill(pid, signal.SIGKILL)
+                yield pid
+
+
+def end_session(session: int) -> None:
+    """Kill every process of a session: Ray's own survive a SIGTERM."""
+    for pid in processes(session):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

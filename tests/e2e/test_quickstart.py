@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from pipeline.data.typeface_packages import fetch
@@ -211,41 +210,6 @@ def test_changed_parent_is_refused_before_workers_are_asked(report: dict[str, An
 def test_parent_that_is_not_registered_is_refused(report: dict[str, Any], home: Path) -> None:
     assert report
     refused(alone(home, "generations.v2.parents=[v0]"), "'v0' is not registered")
-
-
-def test_killed_driver_goes_on_from_the_last_checkpoint(report: dict[str, Any], ray: PrivateRay, home: Path) -> None:
-    assert report, "packs the data"
-    tree = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    tree |= {"name": "killed", "generations": {"v1": tree["generations"]["v1"]}}
-    tree["defaults"]["training"] |= {"steps": 300, "checkpoints": {"every": 20}}
-    config = home / "killed.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "jobs/train_bct.py", "--config", str(config)]
-    environment = {**ray.environment, "RAY_ADDRESS": ray.gcs}
-    checkpoints = home / "runs" / "killed" / "training" / "v1" / "checkpoints"
-
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(600):
-        if list(checkpoints.glob("step-????????/checkpoint.json")):
-            break
-        assert process.poll() is None, "ended before its first checkpoint"
-        time.sleep(0.2)
-    process.kill()
-    process.wait()
-    saved = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-????????"))
-    assert 0 < saved < 300, "killed in the middle"
-
-    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((home / "runs" / "killed" / "report.json").read_text())
-    assert told["generations"] == ["v1"]
-    assert told["matrix"]["rank1"].keys() == {"v1/v1"}
-    client = MlflowClient(told["mlflow"]["tracking_uri"])
-    experiment = client.get_experiment_by_name("killed")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FINISHED", "the unfinished run was taken up again"
-    assert client.get_metric_history(run.info.run_id, "loss/v1")[-1].step == 300
 
 
 def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, home: Path) -> None:

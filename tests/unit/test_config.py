@@ -93,6 +93,19 @@ def test_printed_config_reads_back_as_the_same(minimal: Path, tmp_path: Path) ->
         (["generations.v2.parents=[v2]"], "names itself"),
         (["generations.v2.parents=[v3]", "generations.v3.seed=1"], "trained after"),
         (["cluster.workers=1000"], "less than one sample for each of 1000 workers"),
+        (["cluster.min_workers=3"], "cluster: min_workers=3 is more than workers=2"),
+        (
+            ["cluster.min_workers=1", "generations.v2.compat={method: nccl}"],
+            "cluster.min_workers changes the number of workers, but generations.v2.compat.method 'nccl' compares",
+        ),
+        (
+            ["cluster.min_workers=1", "generations.v1.classifier.shard_ranks=2"],
+            "but generations.v1.classifier.shard_ranks must divide it",
+        ),
+        (
+            ["cluster.min_workers=1", "generations.v1.classifier.fused_update=true"],
+            "but generations.v1.classifier.fused_update leaves no room for accumulation",
+        ),
         (["name=a/b"], "name: String should match pattern"),
         (["steps"], "override 'steps' is not of the form key.sub=value"),
         (["name.sub=1"], "override 'name.sub=1': name holds a value, not a section"),
@@ -104,6 +117,12 @@ def test_mistakes_are_told_in_one_line(minimal: Path, overrides: list[str], told
         load_config(minimal, overrides)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_range_of_workers_is_free_where_the_result_does_not_hang_on_it(minimal: Path) -> None:
+    config = load_config(minimal, ["cluster.min_workers=1"])
+    assert (config.cluster.fewest, config.cluster.workers) == (1, 2)
+    assert load_config(minimal, ["generations.v2.compat={method: nccl}"]).cluster.fewest == 2
 
 
 def test_method_without_a_name_is_bct(minimal: Path) -> None:

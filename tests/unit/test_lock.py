@@ -47,7 +47,12 @@ def test_every_package_is_pinned_with_hashes_and_holds_what_the_project_asks_for
 def test_install_takes_nothing_but_what_the_lock_hashes() -> None:
     script = (ROOT / ".ci" / "install").read_text()
     installs = [line for line in script.splitlines() if line.startswith('"${pip[@]}"')]
-    assert [line.split()[-1] for line in installs] == ['"pip>=25"', "--hash=sha256:$taken\")", "requirements.lock", '".[dev,npm]"']
+    assert [line.split()[-1] for line in installs] == [
+        '"pip>=25"',
+        '--hash=sha256:$taken")',
+        "requirements.lock",
+        '".[dev,npm]"',
+    ]
     assert all("--require-hashes --no-deps --requirement" in line for line in installs[1:3])
     assert 'grep -q "$taken" requirements.lock ||' in script, "torch's own build is locked, too"
 

@@ -163,7 +163,7 @@ def test_what_ray_shows_of_a_training_holds_no_secret() -> None:
     assert SECRET in uri
     nowhere = Path("/nowhere")
     record = make_record(config)
-    plan = Plan(config, record, "data", nowhere, nowhere, nowhere, nowhere, (), uri, "r" * 32)
+    plan = Plan(config, record, "data", nowhere, str(nowhere), nowhere, nowhere, (), uri, "r" * 32)
     shown = _to_json_serializable_value({"plans": [plan]})  # what Ray Train keeps of what a worker is given
     assert "run_id" in str(shown)
     silent_of(shown, plan)

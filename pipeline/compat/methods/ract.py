@@ -17,6 +17,7 @@ from pipeline.model.terms import BatchLoss
 
 class _Contrast(Method):
     asks_features = True
+    compares_samples = True
     temperature: float = Field(0.05, gt=0, description="divides the cosines")
 
 
