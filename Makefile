@@ -1,5 +1,6 @@
 # make demo      two generations on real typefaces, end to end; again: what is there is left alone; FRESH=1: start over
-# make test      the whole suite          make lint      style and types
+# make test      the suite                make lint      style and types
+# make faults    the long tests of faults make soak      KILLS=100 of a quickstart run, at random moments
 # make install   .venv alone              make cluster   a local Ray; make cluster-stop ends it
 # make sbom      sbom.json, of all parts  make lock      resolve the versions anew
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ export RAY_worker_niceness := 0
 RAY_PORT ?= 6379
 DASHBOARD_PORT ?= 8265
 
-.PHONY: install demo test lint cluster cluster-stop lock sbom clean
+.PHONY: install demo test faults soak lint cluster cluster-stop lock sbom clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +52,12 @@ cluster-stop:
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+faults: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m faults
+
+soak: install
+	$(BIN)/python -m tests.soak --kills $(or $(KILLS),100) --home $(or $(SOAK_HOME),.soak)
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from typing import Any, Literal
 PLANNED, HAPPENED = "BCT_FAULTS", "BCT_FAULTS_HAPPENED"
 ROOT = Path(__file__).parents[1]
 EXIT_CODE = 13
+DAY_S = 86400.0
 
 Kind = Literal[
     "exception",
@@ -38,6 +40,7 @@ Kind = Literal[
     "kill",  # SIGKILL
     "terminate",  # SIGTERM
     "hang",
+    "clock",  # goes back by a day
     "nan",  # in the images before `forward`; in the features' gradient in `losses`
     "overflow",  # of the gradient, inside the backbone
     "write_error",  # of a checkpoint's data: the disk is full
@@ -146,13 +149,17 @@ def _rank() -> int | None:
 
 def _strike(place: str) -> None:
     """Let happen what is planned at a place."""
-    fault = _due(("exception", "exit", "kill", "terminate", "hang"), place)
+    fault = _due(("exception", "exit", "kill", "terminate", "hang", "clock"), place)
     if fault is None:
         return
     if fault.kind == "exception":
         raise InjectedError(f"injected {place}")
     if fault.kind == "exit":
         os._exit(EXIT_CODE)
+    if fault.kind == "clock":
+        now = time.time
+        time.time = lambda: now() - DAY_S
+        return
     if fault.kind == "hang":
         threading.Event().wait()
     os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)

@@ -35,7 +35,7 @@ from tests.e2e.cluster import PrivateRay, private_ray, processes
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"kill worker": 6, "terminate worker": 2, "kill driver": 3, "terminate driver": 1}  # and how often
-LONGEST_S = 20.0  # from one kill to the next; a group of workers takes about ten to start
+LONGEST_S = 8.0  # from one kill to the next; a group of workers takes about as long to start
 RESUME_ME = 75
 EVERY = 10  # steps between checkpoints
 

@@ -20,6 +20,8 @@ from pipeline.training.trainer import Trainer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training import BACKBONE, CONFIG, MARGIN, SGD, TABLE, Batch, Notes, batches, record
 
+pytestmark = pytest.mark.faults
+
 STAGES = (0, 1, 2, 3)
 FULL = 2  # ranks for which the config was written
 Seen = list[tuple[int, dict[str, float]]]

@@ -18,6 +18,8 @@ from tests.distributed.small_run import run
 from tests.distributed.test_training import tensors
 from tests.faults import EXIT_CODE, ROOT, Fault, environment, happened
 
+pytestmark = pytest.mark.faults
+
 CONFIG = TrainingConfig(
     steps=7,
     global_batch=9,
@@ -62,6 +64,14 @@ def test_run_that_dies_at_every_place_ends_with_the_weights_of_one_that_never_di
     assert got.keys() == whole.keys()
     assert all(torch.equal(value, got[name]) for name, value in whole.items())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.suffix] == [], "no half a checkpoint"
+
+
+def test_a_clock_that_goes_back_changes_nothing(tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
+    faults = [Fault("clock", "before forward", rank=0, step=2), Fault("clock", "before save", rank=1, step=3)]
+    seen = run_ranks(2, run, str(tmp_path), CONFIG, faults)[0]
+    assert len(happened(tmp_path / "faults")) == 2
+    assert all(figures["samples_per_s"] > 0 for _, figures in seen)
+    assert all(torch.equal(value, whole[name]) for name, value in tensors(tmp_path / "v1").items())
 
 
 def failing(rank: int, world_size: int, folder: str) -> None:

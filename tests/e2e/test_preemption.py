@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300
 SAVED = "the workers stopped after a checkpoint; going on from the last checkpoint"
 pytestmark = [
+    pytest.mark.faults,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
@@ -58,7 +59,8 @@ class Cluster:
 
     def grow(self) -> None:
         """Add the second node, and wait until it has joined."""
-        before = self.node_ids()
+        while not (before := self.node_ids()):  # two that start at once take each other's sockets
+            time.sleep(0.5)
         self.second = self.nodes.enter_context(further_node(self.ray))
         while not (new := self.node_ids() - before):
             assert self.second.process.poll() is None, "the second node did not start"
