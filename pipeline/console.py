@@ -49,7 +49,9 @@ class _LogLines:
 
     def __call__(self, done: int, words: str) -> None:
         now = time.monotonic()
-        if self.first is None and done:
+        if not done:
+            self.first = None  # workers are up, perhaps not the first ones
+        elif self.first is None:
             self.first, self.began = done, now  # a resumed run does not start at nought
         if done < self.total and now - self.told < LOG_EVERY_S:
             return

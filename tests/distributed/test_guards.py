@@ -108,9 +108,14 @@ def test_keys_of_a_batch_on_which_nobody_moved_are_written_down(tmp_path: Path) 
 
 
 def test_a_spike_is_told_once_and_undone_by_going_back(tmp_path: Path) -> None:
-    guards = GuardConfig(spike_factor=2.5, rewind=True, rewind_limit=1)
+    guards = GuardConfig(spike_factor=20, rewind=True, rewind_limit=1)
     config = CONFIG.model_copy(
-        update={"steps": 26, "checkpoints": CheckpointConfig(every=10, asynchronous=False), "guards": guards}
+        update={
+            "steps": 26,
+            "global_batch": 48,
+            "checkpoints": CheckpointConfig(every=10, asynchronous=False),
+            "guards": guards,
+        }
     )
     seen = run_ranks(2, run, str(tmp_path / "spiked"), config, [], 22)[0]
     (spike,) = entries(tmp_path / "spiked" / "incidents", "spikes-00000.jsonl")
