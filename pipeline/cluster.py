@@ -21,19 +21,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.board import Board, Ear, heed_sigterm
 from pipeline.console import say
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ClusterError, StoppedError
-from pipeline.failures import in_short, users_mistake, waited_in_vain
-from pipeline.foreman import Foreman, Progress
 from pipeline.generation import RECORD, Generation
 from pipeline.identities import IdentityTable
-from pipeline.observers import Poster, Silence
 from pipeline.plan import Plan
 from pipeline.redaction import redacted
 from pipeline.termination import on_sigterm
 from pipeline.training.stopping import Listen
+from pipeline.workers.board import Board, Ear, heed_sigterm
+from pipeline.workers.failures import in_short, users_mistake, waited_in_vain
+from pipeline.workers.foreman import Foreman, Progress
+from pipeline.workers.observers import Poster, Silence
 
 # Set before a worker imports torch. Threads that wait must sleep: on a small machine spinning ones take five to ten
 # times the throughput of everybody.

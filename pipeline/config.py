@@ -15,7 +15,6 @@ import pydantic
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.cluster_config import ClusterConfig
 from pipeline.compat.methods import CompatConfig
 from pipeline.compat.methods.bct import Bct
 from pipeline.data.order import OrderConfig
@@ -35,6 +34,7 @@ from pipeline.redaction import redacted, without_secret
 from pipeline.schema import Config
 from pipeline.tracking.store import TrackingConfig
 from pipeline.training.trainer import TrainingConfig
+from pipeline.workers.config import ClusterConfig
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

@@ -26,8 +26,8 @@ from PIL import Image
 
 from pipeline.data.finishing import write_data_set
 from pipeline.data.sources import Sample
-from pipeline.foreman import LOOK_S
 from pipeline.identities import IdentityTable
+from pipeline.workers.foreman import LOOK_S
 from tests.e2e.cluster import BIN, Node, PrivateRay, further_node, private_ray, processes
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.cluster_config import ClusterConfig
+from pipeline.workers.config import ClusterConfig
 
 ANSWER_S = 60  # a node that is gone is known to be after half of it
 Node = dict[str, Any]  # as of ray.nodes()

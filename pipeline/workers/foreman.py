@@ -12,10 +12,10 @@ from typing import Any, Self
 
 import ray
 
-from pipeline.cluster_config import ClusterConfig
 from pipeline.errors import ClusterError, StoppedError
 from pipeline.training.stopping import Wish
-from pipeline.workforce import answering, free_places, leaving, nodes, places, room
+from pipeline.workers.config import ClusterConfig
+from pipeline.workers.workforce import answering, free_places, leaving, nodes, places, room
 
 POLL_S = 0.5
 LOOK_S = 5.0  # between looks at the cluster's nodes
