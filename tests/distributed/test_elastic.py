@@ -47,7 +47,7 @@ def run_stages(
         home = Path(folder) / str(stage)
         accumulation = accumulation_on(world_size, FULL, CONFIG.accumulation, CONFIG.global_batch)
         update = {"engine": EngineConfig(zero_stage=stage), "accumulation": accumulation, "optimiser": SGD}
-        # AdamW divides rounding by itself where a gradient is almost zero: losses then differ by some 1e-4.
+        # At CONFIG's rate AdamW, which divides by small gradients, makes some 1e-4 of the rounding.
         config = CONFIG.model_copy(update=update)
         parents: list[Generation] = []
         arguments = (TABLE, parents, BACKBONE, MARGIN, Bct(), config, ClassifierConfig(), "digest", 3)

@@ -35,7 +35,7 @@ PATIENCE_S = 300
 SAVED = "the workers stopped after a checkpoint; going on from the last checkpoint"
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
 
@@ -165,7 +165,10 @@ class Training:
             time.sleep(0.05)
 
     def ends(self, process: subprocess.Popen[bytes], code: int = 0) -> None:
-        assert process.wait(PATIENCE_S) == code, self.log
+        try:
+            assert process.wait(PATIENCE_S) == code, self.log
+        finally:
+            process.kill()
 
     @property
     def client(self) -> MlflowClient:
@@ -204,8 +207,8 @@ CONFIG = {
                 "steps": STEPS,
                 "log_every": 2,
                 "checkpoints": {"every": EVERY},
-                # AdamW divides rounding by itself where a gradient is almost zero
-                "optimiser": {"name": "sgd", "learning_rate": 0.02},
+                # Slow: at ten times this rate rounding grows a hundredfold, and with SGD a millionfold, by the end
+                "optimiser": {"name": "adamw", "learning_rate": 0.0001},
             },
         }
     },
@@ -292,6 +295,5 @@ def test_run_leaves_a_node_that_will_go_takes_a_new_one_and_survives_its_loss(wh
     training.ends(process)
     assert training.log.count("with 1 of 2 workers") == 2
     expected = {step: next(iter(values)) for step, values in whole.losses().items()}
-    for step, values in training.losses().items():
-        for value in values:
-            assert value == pytest.approx(expected[step], rel=1e-5), f"step {step}"
+    off = {step: max(abs(value / expected[step] - 1) for value in values) for step, values in training.losses().items()}
+    assert max(off.values()) < 1e-5, off
