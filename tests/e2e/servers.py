@@ -162,10 +162,25 @@ def s3_server(folder: Path) -> Server:
     return Server(command, f"http://127.0.0.1:{port}", folder / "s3.log", {})
 
 
-def mlflow_server(folder: Path, backend: str, artifacts: str, environment: Mapping[str, str] | None = None) -> Server:
+def mlflow_server(
+    folder: Path,
+    backend: str,
+    artifacts: str,
+    environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+) -> Server:
     """MLflow's server, which passes artefacts on to `artifacts`."""
     [port] = free_ports(1)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--serve-artifacts", "--artifacts-destination", artifacts]
+    command += [
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--serve-artifacts",
+        "--artifacts-destination",
+        artifacts,
+        *options,
+    ]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return Server(command, f"http://127.0.0.1:{port}", folder / "mlflow.log", {**quiet, **(environment or {})})

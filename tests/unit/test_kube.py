@@ -155,9 +155,11 @@ def test_ray_pods_share_one_home_and_know_the_tracking_server(
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
-        assert {entry["name"]: entry["value"] for entry in container["env"]} == {
+        assert {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]} == {
             "BCT_HOME": "/bct",
             "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_TRACKING_USERNAME": "admin",
+            "MLFLOW_TRACKING_PASSWORD": {"secretKeyRef": {"name": "mlflow-auth", "key": "password"}},
         }
         (mount,) = container["volumeMounts"]
         (volume,) = pod["volumes"]
@@ -217,6 +219,10 @@ def test_mlflow_serves_under_the_name_that_the_workers_use(resources: dict[tuple
     assert "mlflow:*" in arguments["allowed_hosts"].split(",")
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert "/mlflow" in mounts
+    assert arguments["app_name"] == "basic-auth"
+    secrets = [entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"] if "valueFrom" in entry]
+    assert secrets == ["mlflow-auth", "mlflow-auth"]
+    assert ("Secret", "mlflow-auth") not in resources, "it is made by hand, and lies in no repository"
     assert arguments["backend_store_uri"].startswith("sqlite:////mlflow/")
     assert arguments["artifacts_destination"].startswith("/mlflow/")
     assert resources["Service", "mlflow"]["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
