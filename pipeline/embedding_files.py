@@ -55,6 +55,16 @@ class EmbeddingFile:
             return int(file.metadata.num_rows)
 
     @cached_property
+    def metadata(self) -> dict[bytes, bytes]:
+        """What its schema says beside the columns.
+
+        Raises:
+            DataError: the file is missing, or no Parquet.
+        """
+        with self._errors(), open_parquet(self.path) as file:
+            return dict(file.schema_arrow.metadata or {})
+
+    @cached_property
     def dim(self) -> int:
         """Values of each vector, as the first one has them.
 

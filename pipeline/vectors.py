@@ -73,8 +73,7 @@ def read_stamp(path: Path) -> Stamp:
     Raises:
         DataError: the file is missing, cut short or no Parquet, or has no stamp.
     """
-    EmbeddingFile(path).rows  # noqa: B018  refuses in our words what is no Parquet
-    return Stamp.parse((pq.read_schema(path).metadata or {}).get(STAMP.encode()), str(path))
+    return Stamp.parse(EmbeddingFile(path).metadata.get(STAMP.encode()), str(path))
 
 
 def read_vectors(paths: Sequence[Path]) -> Vectors:

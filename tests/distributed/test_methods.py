@@ -135,6 +135,7 @@ def interrupted(rank: int, world_size: int, home: Path) -> list[list[bool]]:
         wanted = [whole.step(images[step], labels[step], step)[0] for step in range(STEPS)]
         told = [before.step(images[step], labels[step], step)[0] for step in range(2)]
         before.save(folder, 2)
+        before.checkpoints.join()
         assert after.restore(folder) == 2
         told.append(after.step(images[2], labels[2], 2)[0])
         got, state = after.engine.state(), whole.engine.state()

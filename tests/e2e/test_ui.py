@@ -60,7 +60,7 @@ def test_page_of_the_registered_model_shows_every_generation_and_the_alias(site:
     seen = site.browser.open(f"{site.url}/#/models/{FAMILY}", "Version 1", "Version 3")
     site.browser.picture("mlflow-model")
     assert "Version 2" in seen
-    assert seen.count("candidate") == 1
+    assert seen.count("@ candidate") == 1
     for name, one in site.versions.items():
         assert f"generation : {name} digest : {one.digest}" in seen
 

@@ -207,7 +207,7 @@ GALLERY: dict[str, Callable[[Path], object]] = {
 }
 ALONE: dict[str, Callable[[Path], object]] = {
     "vectors.parquet": lambda path: read_vectors([path]),
-    "embed.json": lambda path: read_embedded(path.parent),
+    "_embed.json": lambda path: read_embedded(path.parent),
     "model.onnx": read_exported_stamp,
     "model.pt2": read_exported_stamp,
     "model.safetensors": read_exported_stamp,
