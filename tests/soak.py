@@ -2,10 +2,11 @@
 
 python -m tests.soak --kills 100 --home FOLDER --json docs/benchmarks/soak.json
 
-A kill is SIGKILL of a worker or of the driver, or SIGTERM of one of them, at a random moment from when a group of workers
-is there: while it starts, in a step, while a checkpoint is written, while a generation is sealed or registered. A driver
-that has ended is started again by the same command, as whoever operates it would. After the kills the run is left in peace, and every file of its
-generations must be that of the uninterrupted run, byte for byte; MLflow must have each step of each metric once.
+A kill is SIGKILL of a worker or of the driver, or SIGTERM of one of them, at a random moment from when a group of
+workers is there: while it starts, in a step, while a checkpoint is written, while a generation is sealed or registered.
+A driver that has ended is started again by the same command, as whoever operates it would. After the kills the run is
+left in peace, and every file of its generations must be that of the uninterrupted run, byte for byte; MLflow must have
+each step of each metric once.
 """
 
 from __future__ import annotations
