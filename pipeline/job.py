@@ -38,7 +38,12 @@ def exit_code(work: Callable[[], object], again: str = "run the same command aga
     except StoppedError as stopped:
         print(f"stopped: {stopped}; {again}", file=sys.stderr)
         return stopped.exit_code
-    except PipelineError as error:
+    except Exception as error:
+        if terminated:  # a library that is interrupted where it does not expect it may raise anything
+            print(f"terminated; {again}", file=sys.stderr)
+            return StoppedError.exit_code
+        if not isinstance(error, PipelineError):
+            raise
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -58,3 +58,17 @@ def test_inner_handler_has_the_signal_for_its_time() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert seen == ["inner", "outer"]
+
+
+def interrupted_inside_a_library() -> None:
+    try:
+        terminate()
+    except KeyboardInterrupt:
+        raise RecursionError("half imported") from None
+
+
+def test_what_a_library_makes_of_the_interruption_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(interrupted_inside_a_library, "again") == 75
+    assert told(capsys) == "terminated; again\n"
+    with pytest.raises(RecursionError):
+        exit_code(lambda: raises(RecursionError("a fault of ours")))
