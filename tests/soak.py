@@ -150,15 +150,16 @@ def soak(home: Path, kills: int, seed: int, config: Path) -> dict[str, Any]:
                 print(f"{done:>4}/{kills}  {kind}", flush=True)
         run.finish()
         seconds["with kills"] = time.monotonic() - began
+    weights, curves = (peace.files(), run.files()), (peace.metrics(), run.metrics())
     return {
         "benchmark": "soak",
         "kills": done,
         "kinds": dict(struck),
         "drivers_ended_with": {str(code): count for code, count in sorted(run.codes.items())},
-        "files_compared": len(peace.files()),
-        "files_differing": sorted(name for name, digest in peace.files().items() if run.files().get(name) != digest),
-        "curves_compared": len(peace.metrics()),
-        "curves_differing": sorted(key for key, points in peace.metrics().items() if run.metrics().get(key) != points),
+        "files_compared": len(weights[0]),
+        "files_differing": sorted(name for name, digest in weights[0].items() if weights[1].get(name) != digest),
+        "curves_compared": len(curves[0]),
+        "curves_differing": sorted(key for key, points in curves[0].items() if curves[1].get(key) != points),
         "seconds": {name: round(value) for name, value in seconds.items()},
         "code": code_version(),
         "command": " ".join(["python", "-m", "tests.soak", *sys.argv[1:]]),

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 
 from pipeline.backfill.curve import Judge
+from pipeline.backfill.moving import StoredVectors
 from pipeline.backfill.order import OrderConfig, keys_in_order
 from pipeline.benchmarks.measure import machine
-from pipeline.errors import DataError
 from pipeline.evaluation.exact import blocks
 from pipeline.gallery.index import IndexConfig, Segment
 from pipeline.gallery.scale import Scale
@@ -53,16 +53,13 @@ def measure_backfill(config: BackfillBenchmark, progress: Callable[[str], None])
     Raises:
         DataError: vectors cannot be read, or a key has no new one.
     """
-    old, new, queries = (
-        read_vectors(vector_files(place)) for place in (config.gallery, config.vectors, config.queries)
-    )
-    places = {key: place for place, key in enumerate(new.keys.to_pylist())}
-    if (missing := next((key for key in old.keys.to_pylist() if key not in places), None)) is not None:
-        raise DataError(f"{config.vectors}: no vector of key {missing!r}, which {config.gallery} has; embed it")
+    old, queries = (read_vectors(vector_files(place)) for place in (config.gallery, config.queries))
+    new = StoredVectors.read(config.vectors)
+    new.check(old.keys)
     rank1: dict[str, dict[str, list[float]]] = {}
     for order in ORDERS:
-        keys = keys_in_order(Gallery.of([old]), new.stamp, OrderConfig(order=order, seed=config.seed)).to_pylist()
-        moving = new.take(np.array([places[key] for key in keys]))
+        keys = keys_in_order(Gallery.of([old]), new.stamp, OrderConfig(order=order, seed=config.seed))
+        moving = new(keys)
         rank1[order] = {}
         for name, kind in (("scaled", Gallery), ("raw", Raw)):
             progress(f"{order}, {name}")

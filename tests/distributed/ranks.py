@@ -7,7 +7,8 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     `function` must be importable (a module's top level). A rank's failure is raised here with its traceback.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        results: Any = CONTEXT.SimpleQueue()
-        processes = [
-            CONTEXT.Process(target=_rank, args=(rank, world_size, folder, results, function, arguments))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            return _collect(processes, results, world_size)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    results: Any = CONTEXT.SimpleQueue()
+    with _ranks(world_size, _rank, results, function, arguments) as processes:
+        return _collect(processes, results, world_size)
 
 
 def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
@@ -45,39 +35,36 @@ def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any) -
 
     A rank that fails with an exception leaves its traceback on stderr, and the code 1.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            CONTEXT.Process(target=_mortal, args=(rank, world_size, folder, function, arguments))
-            for rank in range(world_size)
-        ]
+    with _ranks(world_size, _mortal, function, arguments) as processes:
         for process in processes:
-            process.start()
-        try:
-            for process in processes:
-                process.join(TIMEOUT_S)
-            return [process.exitcode for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            process.join(TIMEOUT_S)
+        return [process.exitcode for process in processes]
 
 
 def lose_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
     """As `run_ranks`, but one rank ends itself by `os._exit(LOST)`; the others end as its machine's neighbours do."""
+    results: Any = CONTEXT.SimpleQueue()
+    with _ranks(world_size, _rank, results, function, arguments) as processes:
+        wait([process.sentinel for process in processes], TIMEOUT_S)
+    told = [] if results.empty() else [results.get()[2]]
+    assert LOST in [process.exitcode for process in processes], told
+
+
+@contextmanager
+def _ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> Iterator[list[Any]]:
+    """Processes that call `target(rank, world_size, folder, *arguments)`; at the end there are none."""
     with tempfile.TemporaryDirectory() as folder:
-        results: Any = CONTEXT.SimpleQueue()
-        processes = [
-            CONTEXT.Process(target=_rank, args=(rank, world_size, folder, results, function, arguments))
-            for rank in range(world_size)
+        processes: list[Any] = [
+            CONTEXT.Process(target=target, args=(rank, world_size, folder, *arguments)) for rank in range(world_size)
         ]
         for process in processes:
             process.start()
-        wait([process.sentinel for process in processes], TIMEOUT_S)
-        for process in processes:
-            process.kill()
-            process.join()
-        told = [] if results.empty() else [results.get()[2]]
-        assert LOST in [process.exitcode for process in processes], told
+        try:
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def _mortal(rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: Any) -> None:

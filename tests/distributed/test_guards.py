@@ -135,12 +135,10 @@ def test_a_spike_is_told_once_and_undone_by_going_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("place", "step"), [("before losses", 3), ("before load", 3), ("before save", 2)])
 def test_a_rank_that_hangs_is_named_by_all_and_ends_them(tmp_path: Path, place: str, step: int) -> None:
-    config = CONFIG.model_copy(update={"guards": GuardConfig(collective_timeout_s=1.0)})
+    config = CONFIG.model_copy(update={"guards": GuardConfig(collective_timeout_s=3.0)})
     codes = exit_codes(2, run, str(tmp_path), config, [Fault("hang", place, rank=1, step=step)])
-    # The first to give up closes its connections: the other may see that before its own time is up.
-    assert STUCK in codes
-    assert set(codes) <= {STUCK, 1}
-    for rank in (rank for rank, code in enumerate(codes) if code == STUCK):
+    assert codes == [STUCK, STUCK]
+    for rank in range(2):
         line, _, stacks = (tmp_path / "incidents" / f"stuck-{rank:05d}.txt").read_text().partition("\n")
         assert line.startswith(f"rank 1 has not finished step {step}'s {place.split()[1]} for ")
         assert line.endswith(f"; rank {rank} gives up")

@@ -319,8 +319,16 @@ def test_what_is_refused_before_anything_moves(gallery: Path, tmp_path: Path) ->
 # Dying.
 
 
+class Unhurried(StoredVectors):
+    """New vectors that take a moment, as a model's do: whoever watches has time to see each batch."""
+
+    def __call__(self, keys: pa.Array) -> Vectors:
+        time.sleep(0.02)
+        return super().__call__(keys)
+
+
 def run_backfill(folder: Path) -> None:
-    move(folder, batch=2)
+    backfill(folder, Unhurried.read(folder.parent / "new"), BackfillConfig(batch=2), ALLOWED)
 
 
 def run_to_and_fro(folder: Path) -> None:
@@ -356,7 +364,7 @@ def test_killed_at_any_moment_every_key_is_there_once_and_it_goes_on(gallery: Pa
         if len(found) == KEYS:
             break
     assert killed_at == sorted(killed_at)
-    assert len(set(killed_at) - {0, KEYS}) >= 2, "it was killed half way"  # a busy machine kills late
+    assert len(set(killed_at) - {0, KEYS}) >= 5, "it was killed half way"
     move(gallery, batch=2)
     order = [part.rows for part in place.read().parts]
     assert order == [KEYS] + [2] * (KEYS // 2), "no batch came twice"
