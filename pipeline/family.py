@@ -43,8 +43,13 @@ class Member:
 
     @property
     def workplace(self) -> Path:
-        """Folder of its training: config, identities, checkpoints."""
+        """Folder of its training: config, identities, figures, checkpoints."""
         return self.config.folder / "training" / self.name
+
+    @property
+    def journal(self) -> Path:
+        """The figures of its training."""
+        return self.workplace / "figures.jsonl"
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -110,8 +115,9 @@ class Member:
         return self._plan(self._start_run())
 
     def complete(self, run_id: str) -> Generation:
-        """Register the sealed generation and end its run."""
+        """Register the sealed generation and end its run, of which nothing is missing then."""
         generation = Generation(self.artefact)
+        self.registry.log_journal(run_id, self.journal)
         self.registry.register(run_id, generation, generation.record.training)
         self.registry.finish_run(run_id)
         return generation
@@ -152,6 +158,7 @@ class Member:
             identities=self.workplace / "identities.parquet",
             checkpoints=self.config.checkpoints(self.name),
             quarantine=self.workplace / "quarantine",
+            journal=self.journal,
             destination=self.artefact,
             parents=tuple(Path(parent.path) for parent in self.parents),
             tracking_uri=self.registry.uri,

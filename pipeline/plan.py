@@ -21,6 +21,7 @@ class Plan:
     identities: Path
     checkpoints: str
     quarantine: Path
+    journal: Path
     destination: Path
     parents: tuple[Path, ...]
     tracking_uri: str = field(repr=False)

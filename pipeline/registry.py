@@ -14,9 +14,10 @@ from typing import Literal
 
 # First of all: they set the environment that MLflow reads when it is imported.
 from pipeline.tracking import records, store
+from pipeline.tracking.journal import Journal
 from pipeline.tracking.records import DatasetInput
 from pipeline.tracking.store import TrackingConfig, tracking_location
-from pipeline.tracking.tracker import MlflowTracker  # isort: split
+from pipeline.tracking.tracker import JournalSender, MlflowTracker  # isort: split
 
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -98,9 +99,14 @@ class Registry:
             records.log_inputs(self.client, run_id, dataset, parents)
         return run_id
 
-    def tracker(self, run_id: str) -> MlflowTracker:
-        """A tracker for the run; a worker builds its own as `MlflowTracker(uri, run_id)`."""
-        return MlflowTracker(self.uri, run_id)
+    def tracker(self, run_id: str, journal: Path) -> MlflowTracker:
+        """A tracker for the run; a worker builds its own as `MlflowTracker(uri, run_id, journal)`."""
+        return MlflowTracker(self.uri, run_id, journal)
+
+    def log_journal(self, run_id: str, journal: Path) -> None:
+        """Log what a training has reported, and its tracker could not send before it ended."""
+        with self.errors(f"logging {journal}"):
+            JournalSender(self.client, run_id, Journal(journal)).send()
 
     def finish_run(self, run_id: str, status: RunStatus = "FINISHED") -> None:
         """End the run; one that did not finish is taken up again by `start_run`."""

@@ -10,14 +10,16 @@ import math
 import sys
 import threading
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from pipeline.redaction import redacted
-from pipeline.tracking.store import connect, first_line, metric_key
+from pipeline.tracking.journal import Journal, Value
+from pipeline.tracking.store import connect, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 TICK_SECONDS = 0.5  # metrics logged within one tick travel in one request
 MAX_BATCH = 1000  # MLflow's limit of metrics in a request
@@ -25,45 +27,34 @@ MAX_BACKOFF_SECONDS = 30.0
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}  # sending again cannot help
 
 
-class _Value(NamedTuple):
-    key: str
-    value: float
-    timestamp: int  # ms since the epoch
-    step: int
-
-
 class MlflowTracker:
-    """Sends one run's metrics from a thread of its own; `log` costs a few microseconds and never raises.
+    """Sends one run's metrics from a thread of its own; `log` writes a line of the run's journal and never raises.
 
-    Values wait in a bounded buffer. If the server is down they are kept and sent when it answers; beyond the bound
-    the oldest are dropped and counted. System metrics of this machine (CPU, memory, disk, network, NVIDIA GPUs if
-    nvidia-ml-py is there) are sampled by the same thread, under MLflow's own names `system/...`; their step is the
-    second since the run began, so that a resumed run goes on where it was.
+    The journal is the queue: what the server has not taken stays there, also when this process is killed, and is sent
+    by the next tracker of the run, or by `Registry.log_journal` before its generation is registered. System metrics of
+    this machine (CPU, memory, disk, network, NVIDIA GPUs if nvidia-ml-py is there) are sampled by the same thread,
+    under MLflow's own names `system/...`; their step is the second since the run began, so that a resumed run goes on
+    where it was.
 
-    A run that resumes says again what it said after its last checkpoint. Steps of a metric that the run has already
-    are not sent: each is recorded once.
+    Each step of a metric is sent once, the first time that it is reported: not again by a run that resumes, nor by one
+    that went back to a checkpoint after a spike.
 
     Args:
-        uri: of the tracking store; with `run_id`, all that a worker needs to build its tracker.
+        uri: of the tracking store; with `run_id` and `journal`, all that a worker needs to build its tracker.
         run_id: of a run that exists.
+        journal: the run's file, one and the same over resumes.
         system_every: seconds between samples of the system metrics; 0 turns them off.
-        capacity: values kept while the server does not take them.
 
     Attributes:
-        dropped: values that were lost so far.
+        unsent: values that are not with the server, once it is closed.
     """
 
-    def __init__(self, uri: str, run_id: str, *, system_every: float = 10.0, capacity: int = 100_000) -> None:
-        self.uri = uri
-        self.run_id = run_id
-        self.dropped = 0
+    def __init__(self, uri: str, run_id: str, journal: Path, *, system_every: float = 10.0) -> None:
+        self.uri, self.run_id, self.unsent = uri, run_id, 0
+        self._journal = Journal(journal)
         self._system_every = system_every or math.inf
-        self._capacity = capacity
-        self._pending: deque[_Value] = deque()
-        self._lock = threading.Lock()
-        self._recorded: dict[str, int] | None = None
+        self._sender: JournalSender | None = None
         self._stop = threading.Event()
-        self._in_flight = 0
         self._complained = False
         self._thread = threading.Thread(target=self._run, name=f"mlflow-{run_id}", daemon=True)
         self._thread.start()
@@ -75,32 +66,23 @@ class MlflowTracker:
         self.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Hand over the metrics of one step. After `close` they are dropped."""
-        now = int(time.time() * 1000)
-        with self._lock:
-            if self._stop.is_set():
-                self.dropped += len(metrics)
-                return
-            self._pending.extend(_Value(metric_key(name), float(value), now, step) for name, value in metrics.items())
-            self._trim()
+        """Hand over the metrics of one step."""
+        try:
+            self._journal.append(step, metrics)
+        except OSError as error:
+            self._complain(f"{self._journal.path} does not take the figures of the run", error, "they are lost")
 
     def close(self, timeout: float = 30.0) -> None:
-        """Send what waits, for `timeout` seconds at most, and say on stderr what was lost, if anything."""
+        """Send what waits, for `timeout` seconds at most, and say on stderr what was not sent, if anything."""
         if self._stop.is_set():
             return
-        with self._lock:
-            self._stop.set()
+        self._stop.set()
         self._thread.join(timeout)
-        with self._lock:
-            self.dropped += len(self._pending) + self._in_flight
-            self._pending.clear()
-        if self.dropped:
-            print(f"MLflow: {self.dropped} values of run {self.run_id} were not recorded", file=sys.stderr)
-
-    def _trim(self) -> None:
-        while len(self._pending) > self._capacity:
-            self._pending.popleft()
-            self.dropped += 1
+        rest, _ = self._journal.read(self._sender.place if self._sender else 0, sys.maxsize)
+        self.unsent = len(rest)
+        if rest:
+            kept = f"{self._journal.path} keeps them, until the run goes on or is registered"
+            print(f"MLflow: {len(rest)} values of run {self.run_id} were not sent; {kept}", file=sys.stderr)
 
     def _run(self) -> None:
         client: MlflowClient | None = None
@@ -110,58 +92,76 @@ class MlflowTracker:
             last = self._stop.wait(TICK_SECONDS if not failures else min(MAX_BACKOFF_SECONDS, 2.0 ** (failures - 1)))
             try:
                 client = client or connect(self.uri)
-                if self._recorded is None:
-                    self._recorded = _last_steps(client, self.run_id)
+                self._sender = self._sender or JournalSender(client, self.run_id, self._journal)
                 if self._system_every < math.inf:
                     system = system or _SystemMetrics(client, self.run_id, self._system_every)
-                    sampled = system.sample(last)
-                    with self._lock:
-                        self._pending.extend(sampled)
-                        self._trim()
-                self._send(client)
+                    system.sample(last, self._journal)
+                if refused := self._sender.send():
+                    self._complain_of_server(refused, "the values it refuses are lost")
                 failures = 0
             except Exception as error:  # noqa: BLE001  whatever a store raises, training goes on
                 failures += 1
-                self._complain(error, f"the last {self._capacity} values are kept until it does")
+                self._complain_of_server(error, f"{self._journal.path} keeps them until it does")
             if last:
                 return
 
-    def _send(self, client: MlflowClient) -> None:
-        from mlflow.entities import Metric
+    def _complain_of_server(self, error: Exception, outcome: str) -> None:
+        self._complain(f"{redacted(self.uri)} does not take the metrics of run {self.run_id}", error, outcome)
 
-        recorded = self._recorded or {}
-        while batch := self._take():
-            new = [Metric(*value) for value in batch if value.step > recorded.get(value.key, -1)]
-            try:
-                client.log_batch(self.run_id, new, synchronous=True)
-            except Exception as error:
-                refused = getattr(error, "error_code", None) in _REFUSALS
-                with self._lock:
-                    self._in_flight = 0
-                    if refused:
-                        self.dropped += len(batch)
-                    else:
-                        self._pending.extendleft(reversed(batch))
-                        self._trim()
-                if not refused:
-                    raise
-                self._complain(error, "the values it refuses are lost")
-
-    def _take(self) -> list[_Value]:
-        with self._lock:
-            batch = [self._pending.popleft() for _ in range(min(MAX_BATCH, len(self._pending)))]
-            self._in_flight = len(batch)
-            return batch
-
-    def _complain(self, error: Exception, outcome: str) -> None:
+    def _complain(self, what: str, error: Exception, outcome: str) -> None:
         """Once: a log full of the same line helps nobody."""
         if not self._complained:
             self._complained = True
-            print(
-                f"MLflow: {redacted(self.uri)} does not take the metrics of run {self.run_id} ({first_line(error)}); "
-                f"training goes on, {outcome}",
-                file=sys.stderr,
-            )
+            print(f"MLflow: {what} ({first_line(error)}); training goes on, {outcome}", file=sys.stderr)
+
+
+class JournalSender:
+    """Brings a run's journal to MLflow, from where it is now.
+
+    Attributes:
+        place: in the journal, up to which all is sent.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, journal: Journal) -> None:
+        self.client, self.run_id, self.journal, self.place = client, run_id, journal, 0
+        self._recorded: dict[str, int] | None = None  # the last step of each metric that the run has; None: ask
+
+    def send(self) -> Exception | None:
+        """Send what has come; the last refusal, if the store refused any of it for good.
+
+        Raises:
+            Exception: of the store's own; what it did not take is sent the next time.
+        """
+        from mlflow.entities import Metric
+
+        refusal = None
+        while True:
+            values, place = self.journal.read(self.place, MAX_BATCH // 2)
+            if place == self.place:
+                return refusal
+            recorded = _last_steps(self.client, self.run_id) if self._recorded is None else dict(self._recorded)
+            new = [Metric(*value) for value in values if _is_new(value, recorded)]
+            self._recorded = None  # a request whose answer is lost may have been taken
+            for start in range(0, len(new), MAX_BATCH):
+                refusal = self._log(new[start : start + MAX_BATCH]) or refusal
+            self.place, self._recorded = place, recorded
+
+    def _log(self, batch: list[Metric]) -> Exception | None:
+        try:
+            self.client.log_batch(self.run_id, batch, synchronous=True)
+        except Exception as error:
+            if getattr(error, "error_code", None) not in _REFUSALS:
+                raise
+            return error
+        return None
+
+
+def _is_new(value: Value, recorded: dict[str, int]) -> bool:
+    """Whether a step of a metric was not recorded yet; from now on it is."""
+    if value.step <= recorded.get(value.key, -1):
+        return False
+    recorded[value.key] = value.step
+    return True
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
@@ -199,14 +199,12 @@ class _SystemMetrics:
                 continue
         self._collect()  # the first CPU percentage is always 0: there is no interval yet
 
-    def sample(self, last: bool) -> list[_Value]:
-        """Values of now if a sample is due, or if it is the last chance; else none."""
-        if not last and time.monotonic() < self._due:
-            return []
-        self._due = time.monotonic() + self._every
-        now = time.time()
-        step = max(0, int(now - self._started))
-        return [_Value(f"system/{key}", float(value), int(now * 1000), step) for key, value in self._collect().items()]
+    def sample(self, last: bool, journal: Journal) -> None:
+        """Write down the values of now if a sample is due, or if it is the last chance."""
+        if last or time.monotonic() >= self._due:
+            self._due = time.monotonic() + self._every
+            step = max(0, int(time.time() - self._started))
+            journal.append(step, {f"system/{key}": value for key, value in self._collect().items()})
 
     def _collect(self) -> dict[str, float]:
         values: dict[str, float] = {}

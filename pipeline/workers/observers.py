@@ -26,7 +26,8 @@ class Poster(Silence):
     def __init__(self, plan: Plan, board: Any) -> None:
         from pipeline.tracking.tracker import MlflowTracker
 
-        self.name, self.board, self.tracker = plan.record.name, board, MlflowTracker(plan.tracking_uri, plan.run_id)
+        self.name, self.board = plan.record.name, board
+        self.tracker = MlflowTracker(plan.tracking_uri, plan.run_id, plan.journal)
         board.post.remote(self.name, 0, {})
 
     def report(self, step: int, metrics: dict[str, float]) -> None:

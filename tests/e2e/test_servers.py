@@ -104,10 +104,10 @@ def register(
     digests = {parent.name: parent.digest for parent in parents}
     generation = make_generation(folder, name, digests, registry.family, seed=len(parents))
     run_id = start(registry, name, parents)
-    with registry.tracker(run_id) as tracker:
+    with registry.tracker(run_id, folder / f"{run_id}.jsonl") as tracker:
         for step in range(1500):  # more values than one request takes
             tracker.log(step, {"loss": 1.0 / (step + 1)})
-    assert tracker.dropped == 0
+    assert tracker.unsent == 0
     found = registry.register(run_id, generation, {"rank1": 0.5}, candidate=True)
     registry.finish_run(run_id)
     return found
@@ -189,7 +189,7 @@ def test_metrics_catch_up_when_a_server_that_went_down_is_back(
     }[ended]
     registry = opened(monkeypatch, stack.mlflow.url, f"without-{ended}", tmp_path)
     run_id, client = start(registry, "v1"), MlflowClient(stack.mlflow.url)
-    with registry.tracker(run_id) as tracker:
+    with registry.tracker(run_id, tmp_path / "figures.jsonl") as tracker:
         tracker.log(0, {"loss": 1.0})
         eventually(lambda: client.get_metric_history(run_id, "loss"))
         end()
@@ -202,7 +202,7 @@ def test_metrics_catch_up_when_a_server_that_went_down_is_back(
         tracker.log(3000, {"loss": 0.0})
         start_again()
         eventually(lambda: len(client.get_metric_history(run_id, "loss")) == 3001)
-    assert tracker.dropped == 0
+    assert tracker.unsent == 0
     history = {one.step: one.value for one in client.get_metric_history(run_id, "loss")}
     assert history == {step: 1.0 / (step + 1) for step in range(3000)} | {3000: 0.0}
     registry.finish_run(run_id)

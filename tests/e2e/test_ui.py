@@ -49,7 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         registry.log_evaluation("v2", {"rank1/v2 on v1": 0.25}, [PLOT])
         registry.promote_candidate("v3")
         run = registry.client.get_run(registry.versions()["v2"].run_id)
-        with registry.tracker(run.info.run_id) as tracker:
+        with registry.tracker(run.info.run_id, folder / "figures.jsonl") as tracker:
             for step in range(0, 300, 10):
                 tracker.log(step, {"loss": 3.0 / (1 + step / 50)})
         with mlflow_server(folder, store, str(folder / "artifacts")) as server:

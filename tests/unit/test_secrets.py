@@ -163,7 +163,7 @@ def test_what_ray_shows_of_a_training_holds_no_secret() -> None:
     assert SECRET in uri
     nowhere = Path("/nowhere")
     record = make_record(config)
-    plan = Plan(config, record, "data", nowhere, str(nowhere), nowhere, nowhere, (), uri, "r" * 32)
+    plan = Plan(config, record, "data", nowhere, str(nowhere), nowhere, nowhere, nowhere, (), uri, "r" * 32)
     shown = _to_json_serializable_value({"plans": [plan]})  # what Ray Train keeps of what a worker is given
     assert "run_id" in str(shown)
     silent_of(shown, plan)
@@ -186,14 +186,17 @@ def make_record(config: RunConfig) -> GenerationRecord:
 
 
 def test_a_tracking_server_that_is_down_is_told_without_its_password(
-    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with pytest.raises(RegistryError, match="does not answer") as error:
         Registry(CLOSED, "glyphs")
     monkeypatch.setattr(tracker_module, "TICK_SECONDS", 0.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with MlflowTracker(CLOSED, "r" * 32) as tracker:
+    with MlflowTracker(CLOSED, "r" * 32, tmp_path / "figures.jsonl") as tracker:
         tracker.log(1, {"loss": 1.0})
     told = capfd.readouterr()
     assert "does not take the metrics" in told.err
