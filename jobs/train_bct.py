@@ -2,6 +2,7 @@
 
 python jobs/train_bct.py                                    configs/quickstart.yaml
 python jobs/train_bct.py --config FILE key.sub=value ...    another config, with overrides
+torchrun --nproc-per-node 2 jobs/train_bct.py ...           on torchrun's processes, without Ray
 
 Exit code 75: it was stopped (SIGTERM, or too few nodes were left), and the same command goes on.
 """
@@ -9,6 +10,7 @@ Exit code 75: it was stopped (SIGTERM, or too few nodes were left), and the same
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,9 +25,17 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from pipeline.workers.config import THREADS
+
+        os.environ.update(THREADS)
+        from pipeline.workers.torchrun import run_rank
+
+        run_rank(config, arguments.fresh)
+        return
     from pipeline.run import run
 
-    run(config, fresh=arguments.fresh)
+    run(config, arguments.fresh)
 
 
 def main() -> int:

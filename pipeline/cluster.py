@@ -8,13 +8,11 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 import ray.train
-import torch
 import torch.distributed as dist
 from ray._private.services import canonicalize_bootstrap_address
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,22 +20,16 @@ from ray.train.torch.config import _TorchBackend
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.console import say
-from pipeline.data.manifest import Manifest
 from pipeline.errors import ClusterError, StoppedError
-from pipeline.generation import RECORD, Generation
-from pipeline.identities import IdentityTable
 from pipeline.plan import Plan
 from pipeline.redaction import redacted
 from pipeline.termination import on_sigterm
-from pipeline.training.stopping import Listen
 from pipeline.workers.board import Board, Ear, heed_sigterm
+from pipeline.workers.config import THREADS
 from pipeline.workers.failures import in_short, users_mistake, waited_in_vain
 from pipeline.workers.foreman import Foreman, Progress
 from pipeline.workers.observers import Poster, Silence
 
-# Set before a worker imports torch. Threads that wait must sleep: on a small machine spinning ones take five to ten
-# times the throughput of everybody.
-THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 PROBE_S = 5.0
 MEANS_BATCH = 256  # images at a time, where a method asks for class means
 
@@ -105,9 +97,10 @@ def train_generations(plans: Sequence[Plan], on_progress: Progress) -> None:
     by a worker is raised as it is.
 
     Raises:
-        ClusterError: the workers failed once too often.
+        ClusterError: Ray does not answer, or the workers failed once too often.
         StoppedError: SIGTERM, or too few nodes are left; the last checkpoint stands.
     """
+    connect()
     cluster, names = plans[0].config.cluster, ", ".join(plan.record.name for plan in plans)
     # Beside the driver, where no lost node takes it along. A soft affinity puts an actor without CPUs anywhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -152,15 +145,19 @@ def _trainer(plans: Sequence[Plan], board: Any, workers: int) -> TorchTrainer:
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]
         train_loop_config={"plans": list(plans), "board": board},
-        torch_config=_TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        torch_config=_TorchConfig(backend=cluster.collectives),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=cluster.gpu, resources_per_worker=cluster.needs
+            num_workers=workers,
+            use_gpu=cluster.gpu,
+            resources_per_worker=cluster.needs,
+            placement_strategy=cluster.placement,
         ),
         # A name of its own each time: Ray resumes, silently, whatever has the same. We resume by our own checkpoints.
         # Workers that cannot be started are ours to ask again, for as many as there is room for then.
         run_config=ray.train.RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=str(plans[0].config.folder / "ray"),
+            worker_runtime_env={"env_vars": {**THREADS, **cluster.environment}},  # type: ignore[call-arg]
             failure_config=ray.train.FailureConfig(controller_failure_limit=0),  # type: ignore[call-arg]
         ),
     )
@@ -182,71 +179,13 @@ class _TorchConfig(TorchConfig):
 
 def _worker(arguments: dict[str, Any]) -> bool:
     """One rank, from its process group to the sealed artefacts; False if it was asked to stop before."""
+    from pipeline.workers.rank import train_rank
+
     board, listen = arguments["board"], Ear(arguments["board"], dist.get_rank())
-    # A group that replaces a lost one finds the first artefacts done.
-    return all((plan.destination / RECORD).is_file() or _train_one(plan, board, listen) for plan in arguments["plans"])
-
-
-def _train_one(plan: Plan, board: Any, listen: Listen) -> bool:
-    from pipeline.data.loader import TrainingLoader, iterate_identities
-    from pipeline.data.quarantine import Quarantine
-    from pipeline.data.store import open_store
-    from pipeline.data.store_metadata import metadata_folder
-    from pipeline.training.loop import train
-    from pipeline.training.micro_batches import accumulation_on
-    from pipeline.training.trainer import Trainer
-
-    config = plan.config
-    generation = config.generations[plan.record.name]
-    training, ranks = generation.training, dist.get_world_size()
-    accumulation = accumulation_on(ranks, config.cluster.workers, training.accumulation, training.global_batch)
-    threads = max(1, int(config.cluster.cpus_per_worker))
-    torch.set_num_threads(threads)
     device = ray.train.torch.get_device()
-    folder = metadata_folder(plan.data, config.data.store)
-    identities, manifest = IdentityTable.load(plan.identities), Manifest.load(folder)
-    store = open_store(plan.data, manifest, config.data.store)
-
-    def images_of(first_row: int, end_row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        part = (identities, first_row, end_row, config.preprocess, MEANS_BATCH)
-        return iterate_identities(folder, manifest, *part, threads=threads, device=device, store=store)
-
-    trainer = Trainer(
-        plan.record.name,
-        identities,
-        [Generation(path) for path in plan.parents],
-        generation.backbone,
-        generation.margin,
-        generation.compat,
-        training.model_copy(update={"accumulation": accumulation}),
-        generation.classifier,
-        plan.record.config_digest,
-        generation.seed,
-        device,
-        images_of,
-    )
-
-    def open_loader(start_step: int) -> TrainingLoader:
-        return TrainingLoader(
-            folder,
-            manifest,
-            identities,
-            config.preprocess,
-            generation.augment,
-            seed=generation.seed,
-            global_batch=training.global_batch,
-            rank=dist.get_rank(),
-            world_size=ranks,
-            order=config.data.order,
-            threads=threads,
-            device=device,
-            start_step=start_step,
-            store=store,
-            quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
-            patience_s=generation.training.guards.loader_timeout_s,
-        )
-
-    observer = Poster(plan, board) if dist.get_rank() == 0 else Silence()
-    with observer, closing(store):
-        places = (plan.checkpoints, plan.destination)
-        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, listen)
+    for plan in (plan for plan in arguments["plans"] if not plan.sealed):
+        observer = Poster(plan, board) if dist.get_rank() == 0 else Silence()
+        with observer:
+            if not train_rank(plan, device, observer, listen):
+                return False
+    return True

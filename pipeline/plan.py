@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.generation import GenerationRecord
+from pipeline.generation import RECORD, GenerationRecord
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,8 @@ class Plan:
     parents: tuple[Path, ...]
     tracking_uri: str = field(repr=False)
     run_id: str
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it is done: a group of workers that replaces a lost one finds the first artefacts there."""
+        return (self.destination / RECORD).is_file()

@@ -30,15 +30,19 @@ from pipeline.plan import Plan
 from pipeline.registry import Registry
 from pipeline.registry_opening import open_registry
 from pipeline.training.checkpoint_place import Place
+from pipeline.workers.foreman import Progress
+
+Train = Callable[[Sequence[Plan], Progress], None]  # carries out plans together, and tells how it goes
 
 
-def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, fresh: bool = False, train: Train = cluster.train_generations) -> dict[str, Any]:
     """Do all of a run that is not done, and return its report.
 
     Args:
         config: of the run.
         fresh: forget what earlier runs of the same name left: artefacts, checkpoints, registered versions. The data
             stays.
+        train: on Ray's workers, or whatever else there is.
     """
     registry = open_registry(config)
     if fresh:
@@ -50,7 +54,7 @@ def run(config: RunConfig, fresh: bool = False) -> dict[str, Any]:
     with clock.time("data"):
         checks = prepare_data(config)
     older = older_generations(config, registry)
-    generations = older | train_missing(config, registry, lambda plans: train_with_bars(plans, clock))
+    generations = older | train_missing(config, registry, lambda plans: train_with_bars(plans, clock, train))
     for check in checks:
         check.wait()  # what the background found
     with clock.time("evaluation"):
@@ -111,9 +115,8 @@ def prepare_data(config: RunConfig) -> list[Verification]:
     return checks
 
 
-def train_with_bars(plans: Sequence[Plan], clock: Clock) -> None:
-    """Train on the cluster, a bar for each generation; the workers' start counts with the first."""
-    cluster.connect()
+def train_with_bars(plans: Sequence[Plan], clock: Clock, train: Train = cluster.train_generations) -> None:
+    """Train with a bar for each generation; the workers' start counts with the first."""
     steps = {plan.record.name: plan.config.generations[plan.record.name].training.steps for plan in plans}
     with ExitStack() as current:  # the bar and the clock of the generation in training
         shown: dict[str, Callable[[int, str], None]] = {}
@@ -127,7 +130,7 @@ def train_with_bars(plans: Sequence[Plan], clock: Clock) -> None:
             shown[name](step, training_words(metrics))
 
         current.enter_context(clock.time(plans[0].record.name))
-        cluster.train_generations(plans, on_progress)
+        train(plans, on_progress)
 
 
 def evaluate(config: RunConfig, registry: Registry, generations: dict[str, Generation]) -> dict[str, Any]:

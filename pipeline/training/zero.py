@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def initialise(
     import deepspeed
     import deepspeed.ops
 
+    # DeepSpeed calls it by its old name, for all ranks and runs.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The shared-memory all-reduce is compiled at first use: a minute, and a C++ compiler. Gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

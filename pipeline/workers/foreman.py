@@ -15,7 +15,7 @@ import ray
 from pipeline.errors import ClusterError, StoppedError
 from pipeline.training.stopping import Wish
 from pipeline.workers.config import ClusterConfig
-from pipeline.workers.workforce import answering, free_places, leaving, nodes, places, room
+from pipeline.workers.workforce import answering, free_places, leaving, nodes, places, room, shortage
 
 POLL_S = 0.5
 LOOK_S = 5.0  # between looks at the cluster's nodes
@@ -68,12 +68,12 @@ class Foreman:
         Raises:
             ClusterError: the nodes have no room for enough: Ray would wait for ever.
         """
-        found = room(self.cluster, nodes())
+        there = nodes()
+        found = room(self.cluster, there)
         if found < self.cluster.fewest:
-            each = " and ".join(f"{amount:g} {kind}" for kind, amount in self.cluster.needs.items())
             raise ClusterError(
-                f"{self.cluster.fewest} workers of {each} are needed, but the Ray cluster's nodes have room for "
-                f"{found}; lower cluster.workers, cluster.min_workers or cluster.cpus_per_worker, or add nodes"
+                f"{shortage(self.cluster, there)}; lower cluster.workers, cluster.min_workers or "
+                "cluster.cpus_per_worker, or add nodes"
             )
         return found
 

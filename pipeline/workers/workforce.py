@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
@@ -36,18 +36,45 @@ def answering(believed: Iterable[Node]) -> list[Node]:
 
 def room(cluster: ClusterConfig, on: Iterable[Node]) -> int:
     """Training processes that fit on nodes, at most `cluster.workers`; what others use there does not count."""
-    return min(cluster.workers, sum(places(cluster, node) for node in on))
+    return _room(cluster, [places(cluster, node) for node in on])
+
+
+def _room(cluster: ClusterConfig, places_N: Sequence[int]) -> int:
+    if cluster.placement == "STRICT_PACK":
+        return min(cluster.workers, max(places_N, default=0))
+    if cluster.placement == "STRICT_SPREAD":
+        return min(cluster.workers, sum(1 for number in places_N if number))
+    return min(cluster.workers, sum(places_N))
+
+
+def shortage(cluster: ClusterConfig, on: Sequence[Node]) -> str:
+    """What a cluster that is too small has, beside what is asked: one line."""
+    each = " and ".join(f"{amount:g} {kind}" for kind, amount in cluster.needs.items())
+    there = {kind: [float(node["Resources"].get(kind, 0)) for node in on] for kind in cluster.needs}
+    has = ", ".join(
+        f"{sum(found):g} {kind} (at most {max(found, default=0):g} on one)" for kind, found in there.items()
+    )
+    strictly = f" by cluster.placement={cluster.placement}" if cluster.placement.startswith("STRICT") else ""
+    nodes = "1 node has" if len(on) == 1 else f"{len(on)} nodes have"
+    return (
+        f"{cluster.fewest} workers of {each} are needed, but the Ray cluster's {nodes} {has}: room for "
+        f"{room(cluster, on)}{strictly}"
+    )
 
 
 def places(cluster: ClusterConfig, node: Node) -> int:
     """Training processes that fit on an idle node."""
-    return int(min(node["Resources"].get(kind, 0) // amount for kind, amount in cluster.needs.items()))
+    return _places(cluster, node["Resources"])
+
+
+def _places(cluster: ClusterConfig, resources: dict[str, float]) -> int:
+    return int(min(resources.get(kind, 0) // amount for kind, amount in cluster.needs.items()))
 
 
 def free_places(cluster: ClusterConfig) -> int:
     """Training processes for which nobody uses what they need."""
-    free = ray.available_resources()  # type: ignore[no-untyped-call]
-    return int(min(free.get(kind, 0) // amount for kind, amount in cluster.needs.items()))
+    by_node: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return _room(cluster, [_places(cluster, free) for free in by_node.values()])
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -1,0 +1,90 @@
+"""One rank's training of a generation, whoever started it: from its loader to the sealed artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import torch
+import torch.distributed as dist
+
+from pipeline.data.loader import TrainingLoader, iterate_identities
+from pipeline.data.manifest import Manifest
+from pipeline.data.quarantine import Quarantine
+from pipeline.data.store import open_store
+from pipeline.data.store_metadata import metadata_folder
+from pipeline.generation import Generation
+from pipeline.identities import IdentityTable
+from pipeline.plan import Plan
+from pipeline.training.loop import Observer, train
+from pipeline.training.micro_batches import accumulation_on
+from pipeline.training.stopping import Listen
+from pipeline.training.trainer import Trainer
+
+MEANS_BATCH = 256  # images at a time, where a method asks for class means
+
+
+def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Listen) -> bool:
+    """Carry out a plan together with the other ranks of the process group. Collective.
+
+    Args:
+        plan: the same on all ranks.
+        device: of this rank.
+        observer: rank 0's is told how it goes.
+        listen: what this rank has been asked.
+
+    Returns:
+        Whether the artefact is sealed; if not, they were asked to stop, and have saved a checkpoint.
+    """
+    config = plan.config
+    generation = config.generations[plan.record.name]
+    training, ranks = generation.training, dist.get_world_size()
+    accumulation = accumulation_on(ranks, config.cluster.workers, training.accumulation, training.global_batch)
+    threads = max(1, int(config.cluster.cpus_per_worker))
+    torch.set_num_threads(threads)
+    folder = metadata_folder(plan.data, config.data.store)
+    identities, manifest = IdentityTable.load(plan.identities), Manifest.load(folder)
+    store = open_store(plan.data, manifest, config.data.store)
+
+    def images_of(first_row: int, end_row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        part = (identities, first_row, end_row, config.preprocess, MEANS_BATCH)
+        return iterate_identities(folder, manifest, *part, threads=threads, device=device, store=store)
+
+    trainer = Trainer(
+        plan.record.name,
+        identities,
+        [Generation(path) for path in plan.parents],
+        generation.backbone,
+        generation.margin,
+        generation.compat,
+        training.model_copy(update={"accumulation": accumulation}),
+        generation.classifier,
+        plan.record.config_digest,
+        generation.seed,
+        device,
+        images_of,
+    )
+
+    def open_loader(start_step: int) -> TrainingLoader:
+        return TrainingLoader(
+            folder,
+            manifest,
+            identities,
+            config.preprocess,
+            generation.augment,
+            seed=generation.seed,
+            global_batch=training.global_batch,
+            rank=dist.get_rank(),
+            world_size=ranks,
+            order=config.data.order,
+            threads=threads,
+            device=device,
+            start_step=start_step,
+            store=store,
+            quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
+            patience_s=generation.training.guards.loader_timeout_s,
+        )
+
+    with closing(store):
+        places = (plan.checkpoints, plan.destination)
+        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, listen)
