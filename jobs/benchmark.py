@@ -6,6 +6,7 @@ python jobs/benchmark.py evaluation --task search --json FILE        seconds of 
 python jobs/benchmark.py embed --backbone iresnet50 --json FILE      images a second of jobs/embed.py
 python jobs/benchmark.py backfill --gallery OLD --vectors NEW --queries FOLDER --json FILE    rank-1 while it moves
 python jobs/benchmark.py checkpoint --json FILE                     stall, resume and re-sharding
+python jobs/benchmark.py step --json FILE                           what Ray, loader and tracking add to a step
 python jobs/benchmark.py plot --out FILE.png FILE.json ...           a picture of results
 """
 
@@ -32,6 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from pipeline.benchmarks.embed import EmbedBenchmark, measure_embed
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
     from pipeline.benchmarks.loader import LoaderBenchmark, measure_loader
+    from pipeline.benchmarks.step import StepBenchmark, measure_step
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -41,6 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("evaluation", "seconds of an evaluation", EvaluationBenchmark, measure_evaluation),
         ("embed", "images a second of embedding", EmbedBenchmark, measure_embed),
         ("backfill", "rank-1 while a gallery moves", BackfillBenchmark, measure_backfill),
+        ("step", "what Ray, loader and tracking add to a step", StepBenchmark, measure_step),
         ("checkpoint", "saving and re-sharding of a classifier", CheckpointBenchmark, measure_checkpoint),
     ):
         command = commands.add_parser(name, help=help_text)

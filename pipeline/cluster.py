@@ -49,7 +49,7 @@ def connect() -> None:
     at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(ray_address(), runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  where it cannot start, Ray raises just that
         raise ClusterError(f"Ray cannot be reached: {redacted(' '.join(str(error).split()))[:300]}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray has set its own, which knows nothing of checkpoints

@@ -8,6 +8,7 @@ from contextlib import closing
 import torch
 import torch.distributed as dist
 
+from pipeline.compat.views import ImagesOf
 from pipeline.data.loader import TrainingLoader, iterate_identities
 from pipeline.data.manifest import Manifest
 from pipeline.data.quarantine import Quarantine
@@ -38,8 +39,6 @@ def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Lis
     """
     config = plan.config
     generation = config.generations[plan.record.name]
-    training, ranks = generation.training, dist.get_world_size()
-    accumulation = accumulation_on(ranks, config.cluster.workers, training.accumulation, training.global_batch)
     threads = max(1, int(config.cluster.cpus_per_worker))
     torch.set_num_threads(threads)
     folder = metadata_folder(plan.data, config.data.store)
@@ -50,20 +49,7 @@ def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Lis
         part = (identities, first_row, end_row, config.preprocess, MEANS_BATCH)
         return iterate_identities(folder, manifest, *part, threads=threads, device=device, store=store)
 
-    trainer = Trainer(
-        plan.record.name,
-        identities,
-        [Generation(path) for path in plan.parents],
-        generation.backbone,
-        generation.margin,
-        generation.compat,
-        training.model_copy(update={"accumulation": accumulation}),
-        generation.classifier,
-        plan.record.config_digest,
-        generation.seed,
-        device,
-        images_of,
-    )
+    trainer = make_trainer(plan, identities, device, images_of)
 
     def open_loader(start_step: int) -> TrainingLoader:
         return TrainingLoader(
@@ -73,9 +59,9 @@ def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Lis
             config.preprocess,
             generation.augment,
             seed=generation.seed,
-            global_batch=training.global_batch,
+            global_batch=generation.training.global_batch,
             rank=dist.get_rank(),
-            world_size=ranks,
+            world_size=dist.get_world_size(),
             order=config.data.order,
             threads=threads,
             device=device,
@@ -88,3 +74,36 @@ def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Lis
     with closing(store):
         places = (plan.checkpoints, plan.destination)
         return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, listen)
+
+
+def make_trainer(
+    plan: Plan, identities: IdentityTable, device: torch.device, images_of: ImagesOf | None = None
+) -> Trainer:
+    """This rank's part of a plan's training, before its first step. Collective.
+
+    Args:
+        plan: the same on all ranks.
+        identities: the plan's table.
+        device: of this rank.
+        images_of: as `Trainer` takes it.
+    """
+    config = plan.config
+    generation = config.generations[plan.record.name]
+    training = generation.training
+    micro_batches = accumulation_on(
+        dist.get_world_size(), config.cluster.workers, training.accumulation, training.global_batch
+    )
+    return Trainer(
+        plan.record.name,
+        identities,
+        [Generation(path) for path in plan.parents],
+        generation.backbone,
+        generation.margin,
+        generation.compat,
+        training.model_copy(update={"accumulation": micro_batches}),
+        generation.classifier,
+        plan.record.config_digest,
+        generation.seed,
+        device,
+        images_of,
+    )
