@@ -1,6 +1,7 @@
 # make demo      two generations on real typefaces, end to end; again: what is there is left alone; FRESH=1: start over
 # make test      the suite                make lint      style and types
-# make faults    the long tests of faults make soak      KILLS=100 of a quickstart run, at random moments
+# make faults    tests of what dies       make soak      KILLS=100 of a quickstart run, at random moments
+# make long      tests that take minutes
 # make install   .venv alone              make cluster   a local Ray; make cluster-stop ends it
 # make sbom      sbom.json, of all parts  make lock      resolve the versions anew
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ export RAY_worker_niceness := 0
 RAY_PORT ?= 6379
 DASHBOARD_PORT ?= 8265
 
-.PHONY: install demo test faults soak lint cluster cluster-stop lock sbom clean
+.PHONY: install demo test faults long soak lint cluster cluster-stop lock sbom clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +56,9 @@ test: install
 
 faults: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m faults
+
+long: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
 
 soak: install
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),100) --home $(or $(SOAK_HOME),.soak)

@@ -212,6 +212,7 @@ def test_parent_that_is_not_registered_is_refused(report: dict[str, Any], home: 
     refused(alone(home, "generations.v2.parents=[v0]"), "'v0' is not registered")
 
 
+@pytest.mark.long
 def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, home: Path) -> None:
     done = build_grid(home, {**ray.environment, "RAY_ADDRESS": ray.gcs})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -238,6 +239,7 @@ def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, ho
     assert (home / "RESULTS.md").read_text() == text
 
 
+@pytest.mark.long
 def test_the_upgrade_of_the_docs_goes_as_it_says(report: dict[str, Any], home: Path) -> None:
     assert report["criterion"]["v2/v1"]["held"], "the miniature is meant to be compatible"
     instead = {"configs/quickstart.yaml": "configs/tiny.yaml", "typefaces-small": "typefaces-tiny"}
