@@ -13,7 +13,9 @@ from tests.e2e.cluster import PrivateRay, private_ray
 from tests.e2e.servers import eventually
 from tests.kube.manifests import ROOT, overlays, ray_clusters, rendered
 
-KNOWN = "import sys; from ray._raylet import GcsClient; sys.exit(not GcsClient(address=sys.argv[1]).get_all_node_info())"
+KNOWN = (
+    "import sys; from ray._raylet import GcsClient; sys.exit(not GcsClient(address=sys.argv[1]).get_all_node_info())"
+)
 GOING = (
     "import json, sys, ray; ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False);"
     "print(json.dumps(ray._private.state.state.get_draining_nodes()))"

@@ -84,7 +84,7 @@ def rendered(folder: Path) -> list[Tree]:
 def render_all(folders: Sequence[Path]) -> dict[str, list[Tree]]:
     """The documents of all folders, by the folders' names."""
     with ThreadPoolExecutor(2) as pool:
-        return {name_of(folder): documents for folder, documents in zip(folders, pool.map(rendered, folders))}
+        return dict(zip(map(name_of, folders), pool.map(rendered, folders), strict=True))
 
 
 def title(document: Tree) -> str:

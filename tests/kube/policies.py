@@ -40,7 +40,9 @@ def is_known(pod: Pod) -> Iterator[str]:
 def is_not_root(pod: Pod) -> Iterator[str]:
     """Neither by the pod's say nor by a container's."""
     context = pod.spec.get("securityContext", {})
-    if not (context.get("runAsNonRoot") is True and context.get("runAsUser", 0) > 0 and context.get("runAsGroup", 0) > 0):
+    if not (
+        context.get("runAsNonRoot") is True and context.get("runAsUser", 0) > 0 and context.get("runAsGroup", 0) > 0
+    ):
         yield "the pod may run as root"
     for container in pod.every:
         own = container.get("securityContext", {})
@@ -175,7 +177,11 @@ def is_spread(pod: Pod) -> Iterator[str]:
     """Workers of one cluster lie on several nodes; those with GPUs must."""
     if pod.component != "ray-worker":
         return
-    rules = [rule for rule in pod.spec.get("topologySpreadConstraints", []) if rule["topologyKey"] == "kubernetes.io/hostname"]
+    rules = [
+        rule
+        for rule in pod.spec.get("topologySpreadConstraints", [])
+        if rule["topologyKey"] == "kubernetes.io/hostname"
+    ]
     if not rules:
         yield "it is not spread over the nodes"
     for rule in rules:

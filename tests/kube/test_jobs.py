@@ -77,7 +77,11 @@ def test_what_jobs_refer_to_stands(overlay: str) -> None:
     secrets = set()
     for pod in pods(everything):
         assert ("ServiceAccount", pod.spec["serviceAccountName"]) in there
-        claimed = {volume["persistentVolumeClaim"]["claimName"] for volume in pod.volumes.values() if "persistentVolumeClaim" in volume}
+        claimed = {
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in pod.volumes.values()
+            if "persistentVolumeClaim" in volume
+        }
         assert {("PersistentVolumeClaim", name) for name in claimed} <= there
         configs = {volume["configMap"]["name"] for volume in pod.volumes.values() if "configMap" in volume}
         assert {("ConfigMap", name) for name in configs} <= there

@@ -22,7 +22,11 @@ def everything() -> dict[str, list[Pod]]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_every_pod_of_every_overlay_keeps_every_rule(everything: dict[str, list[Pod]], rule: Rule) -> None:
-    kept = {name: every for name, every in everything.items() if rule is not policies.has_a_pinned_image or "overlays" in name}
+    kept = {
+        name: every
+        for name, every in everything.items()
+        if rule is not policies.has_a_pinned_image or "overlays" in name
+    }
     assert {name: found for name, every in kept.items() for pod in every if (found := problems(pod, (rule,)))} == {}
 
 
@@ -37,7 +41,10 @@ def test_no_pod_is_overlooked(everything: dict[str, list[Pod]]) -> None:
             found = Counter(pod.component for pod in everything[f"overlays/{overlay}/{job}"])
             assert found == {"ray-submitter": 1, "ray-head": 1, **workers}
     for overlay in ("dev", "gpu"):
-        assert Counter(pod.component for pod in everything[f"overlays/{overlay}/develop"]) == {"ray-head": 1, "ray-worker": 1}
+        assert Counter(pod.component for pod in everything[f"overlays/{overlay}/develop"]) == {
+            "ray-head": 1,
+            "ray-worker": 1,
+        }
 
 
 def test_gpus_are_where_they_are_of_use(everything: dict[str, list[Pod]]) -> None:

@@ -46,7 +46,9 @@ def test_a_folder_of_a_job_makes_that_job_and_nothing_else(everything: dict[str,
         if name in ("base", *(f"overlays/{overlay}" for overlay in ("dev", "gpu", "spot", "kueue"))):
             assert ray_clusters(documents) == [], "what stands starts nothing"
         else:
-            assert [title(one) for one in documents] == ["RayCluster develop" if last == "develop" else f"RayJob {last}"]
+            assert [title(one) for one in documents] == [
+                "RayCluster develop" if last == "develop" else f"RayJob {last}"
+            ]
 
 
 def test_everything_lies_in_the_namespace(everything: dict[str, list[Tree]]) -> None:

@@ -45,7 +45,7 @@ def unguarded(path: Path) -> list[str]:
 
 
 def test_every_documented_way_to_ray_asks_for_a_token() -> None:
-    assert {ROOT / "README.md", ROOT / "Makefile", ROOT / "kube" / "base" / "train-rayjob.yaml"} <= set(TEXTS)
+    assert {ROOT / "README.md", ROOT / "Makefile", ROOT / "kube" / "jobs" / "rayjob" / "rayjob.yaml"} <= set(TEXTS)
     assert any(re.search(r"\bray start\b", path.read_text()) for path in TEXTS)
     assert any(re.search(r"\bray job submit\b", path.read_text()) for path in TEXTS)
     assert {path.name: found for path in TEXTS if (found := unguarded(path))} == {}
