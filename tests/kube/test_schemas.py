@@ -60,6 +60,12 @@ def test_everything_lies_in_the_namespace(everything: dict[str, list[Tree]]) -> 
     assert ("Namespace", "bct") in named(everything["base"])
 
 
+def test_every_ray_cluster_asks_for_a_token(everything: dict[str, list[Tree]]) -> None:
+    clusters = [(name, cluster) for name, every in everything.items() for _, cluster in ray_clusters(every)]
+    assert len(clusters) == 22
+    assert [name for name, cluster in clusters if cluster["authOptions"] != {"mode": "token"}] == []
+
+
 def test_ray_is_the_version_that_is_pinned(everything: dict[str, list[Tree]]) -> None:
     versions = {cluster["rayVersion"] for every in everything.values() for _, cluster in ray_clusters(every)}
     [version] = versions
