@@ -29,8 +29,7 @@ def ask(ray: PrivateRay, code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(300)
 def test_a_pod_that_is_told_to_go_says_so_to_ray(tmp_path: Path) -> None:
-    [job] = rendered(overlays()["spot"] / "train")
-    [(_, cluster)] = ray_clusters(job)
+    [(_, cluster)] = ray_clusters(rendered(overlays()["spot"] / "train"))
     [container] = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"]
     python, *line = container["lifecycle"]["preStop"]["exec"]["command"]
     assert python == "python"
