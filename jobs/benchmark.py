@@ -6,6 +6,7 @@ python jobs/benchmark.py evaluation --task search --json FILE        seconds of 
 python jobs/benchmark.py embed --backbone iresnet50 --json FILE      images a second of jobs/embed.py
 python jobs/benchmark.py backfill --gallery OLD --vectors NEW --queries FOLDER --json FILE    rank-1 while it moves
 python jobs/benchmark.py checkpoint --json FILE                     stall, resume and re-sharding
+python jobs/benchmark.py scaling --json FILE                        a training step of 1, 2, 4 processes
 python jobs/benchmark.py plot --out FILE.png FILE.json ...           a picture of results
 """
 
@@ -32,6 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from pipeline.benchmarks.embed import EmbedBenchmark, measure_embed
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
     from pipeline.benchmarks.loader import LoaderBenchmark, measure_loader
+    from pipeline.benchmarks.scaling import ScalingBenchmark, measure_scaling
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -42,6 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("embed", "images a second of embedding", EmbedBenchmark, measure_embed),
         ("backfill", "rank-1 while a gallery moves", BackfillBenchmark, measure_backfill),
         ("checkpoint", "saving and re-sharding of a classifier", CheckpointBenchmark, measure_checkpoint),
+        ("scaling", "a training step of 1, 2, 4 processes", ScalingBenchmark, measure_scaling),
     ):
         command = commands.add_parser(name, help=help_text)
         for key, field in model.model_fields.items():

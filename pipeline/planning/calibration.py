@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.files import parse_json
 from pipeline.planning.config import PlanConfig
 
+
 @dataclass(frozen=True)
 class Rates:
     """Speeds of one GPU.

@@ -30,7 +30,11 @@ SPEEDS: dict[Point, float] = {
     (0.1, 16_000_000): 2679,
     (0.1, 29_000_000): 1855,
 }
-FITTED: tuple[Point, ...] = ((1.0, 125_000), (1.0, 5_500_000), (0.1, 29_000_000))  # the ends; the other seven: predicted
+FITTED: tuple[Point, ...] = (
+    (1.0, 125_000),
+    (1.0, 5_500_000),
+    (0.1, 29_000_000),
+)  # the ends; the other seven: predicted
 FREE = ("backbone", "classifier", "sampling")  # items, each with one constant that is its inverse speed
 
 

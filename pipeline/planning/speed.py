@@ -31,7 +31,8 @@ def traffic_of(config: PlanConfig, setting: Setting, backbone: BackboneCost) -> 
 
     Source: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005: a gather
     or reduce-scatter among n moves (n - 1) / n of the whole, an all-reduce is one of each; for ZeRO 3, Rajbhandari et
-    al., "ZeRO", SC 2020, section 7.2.2: half as much again.
+    al., "ZeRO", SC 2020, section 7.2.2: half as much again. So do stages 1 and 2 here: DeepSpeed 0.19.8 sums the whole
+    gradient on every rank before it keeps a part, and gathers the weights after the update.
     """
     share = Share.of(config, setting)
     of_group, of_replicas, of_ranks = (1 - 1 / n for n in (setting.class_group, setting.replicas, setting.ranks))
@@ -41,7 +42,7 @@ def traffic_of(config: PlanConfig, setting: Setting, backbone: BackboneCost) -> 
         "softmax statistics": of_group * sizes["softmax statistics"],
         "feature gradients": of_group * sizes["feature gradients"],
         "row gradients of replicas": 2 * of_replicas * sizes["row gradients"],
-        "backbone": (3 if config.zero_stage == 3 else 2) * of_ranks * sizes["backbone"],
+        "backbone": (2 if config.zero_stage == 0 else 3) * of_ranks * sizes["backbone"],
     }
 
 
@@ -83,8 +84,8 @@ def _waiting(
     links, group, sizes = config.links, setting.class_group, _sizes(config, setting, share, backbone)
     second_pass = 0.0 if share.fused or config.implementation == "eager" else work["classifier"] / 2
     backbone_part = links.gather(setting.ranks, sizes["backbone"])
-    # Gradients travel beneath backward; so do ZeRO 3's weights. Below it, weights or sums come back after it.
-    beneath, after = (3, 0) if config.zero_stage == 3 else (2, 0) if config.zero_stage == 0 else (1, 1)
+    # Gradients travel beneath backward, and so do ZeRO 3's weights; those of stages 1 and 2 come after the update.
+    beneath, after = {0: (2, 0), 1: (2, 1), 2: (2, 1), 3: (3, 0)}[config.zero_stage]
     backward = config.hidden_share * BACKWARD_SHARE * work["backbone"]
     return {
         "gather of features": links.gather(group, sizes["features and labels"]),
