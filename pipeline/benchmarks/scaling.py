@@ -86,7 +86,7 @@ def measure_scaling(config: ScalingBenchmark, progress: Callable[[str], None]) -
                 progress(f"{world} processes: round {number} of {config.repeats}")
                 crews = {"together": together, "alone": alone}
                 rounds[world].append({kind: _turn(crew, config.steps) for kind, crew in crews.items()})
-            if world == 2:  # noqa: PLR2004  a pair
+            if world == 2:
                 links = _links(together.ask("links"))
     counted = {world: of_world[1:] for world, of_world in rounds.items()}
     return {

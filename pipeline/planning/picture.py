@@ -20,8 +20,9 @@ PARTS = {
     "classifier": ("classifier", "#56B4E9"),
     "parents": ("parents", "#009E73"),
     "row update": ("row update, sampling", "#CC79A7"),
-    "waiting": ("waiting for other GPUs", "#D55E00"),
-    "loader": ("loader, checkpoint", "#E69F00"),
+    "exchange": ("exchange of features, row gradients", "#E69F00"),
+    "backbone gradients": ("backbone's gradients", "#D55E00"),
+    "loader": ("loader, checkpoint", "#555555"),
 }
 DPI = 144
 
@@ -36,7 +37,8 @@ def draw_scale(plan: ScalePlan, path: Path) -> None:
     first = points[0]
     figure.suptitle(
         f"{plan.config.identities:,} identities, D = {plan.config.dim}, {plan.config.backbone.name}, "
-        f"{first.batch // first.setting.ranks} images a GPU, sample rate {first.setting.sample_rate:g}: predicted",
+        f"{first.batch // first.setting.ranks} images a GPU, sample rate {first.setting.sample_rate:g}: "
+        f"predicted for {plan.config.gpu}, {plan.config.gpus_per_node} a node",
         fontsize=11,
     )
     FigureCanvasAgg(figure)
@@ -60,7 +62,7 @@ def _draw_speed(axes: Axes, points: list[Estimate]) -> None:
     axes.set_xticks(gpus, [f"{count:,}" for count in gpus])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.margins(x=0.1)
+    axes.margins(x=0.1, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -83,7 +85,7 @@ def _draw_steps(axes: Axes, points: list[Estimate]) -> None:
 
 def _part(one: Estimate, name: str) -> float:
     """Seconds of a bar's part."""
-    if name == "waiting":
-        return waiting_seconds(one)
+    if name == "exchange":
+        return waiting_seconds(one) - one.seconds["backbone gradients"]
     beside = {"row update": "sampling", "loader": "checkpoint"}.get(name)
     return one.seconds[name] + (one.seconds[beside] if beside else 0.0)

@@ -84,9 +84,9 @@ def scale_table(plan: ScalePlan) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in ("GPUs", "group", "batch", "GiB/GPU", "ms/step", "samples/s", "a GPU", "efficiency"):
+    for column in ("GPUs", "group", "batch", "GiB/GPU", "ms/step", "images/s", "efficiency"):
         table.add_column(column, justify="right")
-    table.add_column("bound by")
+    table.add_column("bound by", no_wrap=True)
     for one in plan.points:
         speed = one.batch / one.step_seconds
         table.add_row(
@@ -96,7 +96,6 @@ def scale_table(plan: ScalePlan) -> Table:
             f"{one.memory_bytes / GIB:,.1f}",
             f"{1e3 * one.step_seconds:,.1f}",
             f"{speed:,.0f}",
-            f"{speed / one.setting.ranks:,.0f}",
             f"{efficiency(one):.1%}",
             bound_by(one) if one.fits else f"does not fit, by {(one.memory_bytes - one.available) / GIB:,.1f} GiB",
         )

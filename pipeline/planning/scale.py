@@ -63,4 +63,4 @@ def efficiency(one: Estimate) -> float:
 def bound_by(one: Estimate) -> str:
     """The item that takes the most of a step, and how much."""
     name, seconds = max(one.seconds.items(), key=lambda item: item[1])
-    return f"{name}, {seconds / one.step_seconds:.0%}"
+    return f"{name} {seconds / one.step_seconds:.0%}"
