@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -11,7 +12,9 @@ from typing import Any, Self
 
 from pipeline.errors import ClusterError
 
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")  # what takes long to import is imported once
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+CONTEXT.set_forkserver_preload(["torch", "deepspeed", "pipeline.benchmarks.scaling"])
 Worker = Callable[[Any], Any]
 MakeWorker = Callable[..., Worker]  # (rank, size, folder to meet in, *arguments), on the process
 

@@ -51,8 +51,8 @@ class ScalingBenchmark(Config):
     backbone: str = Field("iresnet18", description="by name")
     size: int = Field(64, ge=8, description="side of the images, pixels")
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO of the backbone")
-    steps: int = Field(2, ge=1, description="of a crew in its turn")
-    repeats: int = Field(7, ge=1, description="turns of each crew, after one that is not counted; medians are told")
+    steps: int = Field(1, ge=1, description="of a crew in its turn")
+    repeats: int = Field(5, ge=1, description="turns of each crew, after one that is not counted; medians are told")
 
     @property
     def network(self) -> BackboneConfig:
