@@ -22,7 +22,7 @@ from pydantic import Field
 from pipeline.benchmarks.alone import join_nobody
 from pipeline.benchmarks.crew import Crew
 from pipeline.benchmarks.measure import GIB, free_bytes, machine
-from pipeline.benchmarks.parts import Parts
+from pipeline.benchmarks.collective_clock import CollectiveClock
 from pipeline.compat.methods.bct import Bct
 from pipeline.errors import ConfigError
 from pipeline.identities import IdentityTable
@@ -154,9 +154,9 @@ def make_rank(rank: int, size: int, folder: str, config: ScalingBenchmark, among
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     else:
         join_nobody(rank, size)
-    parts = Parts()
+    clock = CollectiveClock()
     trainer = _trainer(config, size)
-    trainer.pulse = parts
+    trainer.pulse = clock
     generator = torch.Generator().manual_seed(rank)
     images_bCHW = torch.randn(config.batch, 3, config.size, config.size, generator=generator)
     labels_b = torch.randint(config.rows * size, (config.batch,), generator=generator)
@@ -164,12 +164,12 @@ def make_rank(rank: int, size: int, folder: str, config: ScalingBenchmark, among
     def answer(question: Any) -> Any:
         if question == "links":
             return gather_seconds(SHORT), gather_seconds(LONG)
-        parts.seconds.clear()
+        clock.seconds.clear()
         began = time.perf_counter()
         for _ in range(question):
             _, norms = trainer.step(images_bCHW, labels_b, 0)
             assert norms, "a step on which nobody moved is no measurement"
-        return parts.seconds + Counter(step=time.perf_counter() - began)
+        return clock.seconds + Counter(step=time.perf_counter() - began)
 
     return answer
 

@@ -10,6 +10,7 @@ from pipeline.model.heads import STATISTICS
 from pipeline.planning.backbone import BackboneCost
 from pipeline.planning.calibration import Rates
 from pipeline.planning.config import PlanConfig, Setting, Share
+from pipeline.planning.flops import flops_of
 from pipeline.planning.memory import FP32, INT64, OPTIMISER_SLOTS
 
 # Items of `seconds_of` in which a GPU waits for others.
@@ -49,13 +50,13 @@ def traffic_of(config: PlanConfig, setting: Setting, backbone: BackboneCost) -> 
 def seconds_of(config: PlanConfig, setting: Setting, backbone: BackboneCost, rates: Rates) -> dict[str, float]:
     """Seconds by item that a step is longer for; they add up to the step."""
     share = Share.of(config, setting)
-    new_flops = 8 * share.group_batch * share.sampled_rows * config.dim  # two products a pass, two passes
-    parent_flops = 4 * share.group_batch * sum(rows * dim for rows, dim in share.parents)  # logits, feature gradient
+    new = (share.sampled_rows, config.dim)
+    flops = flops_of(backbone.forward_flops, share.samples, share.group_batch, new, share.parents)
     work = {
-        "backbone": 3 * backbone.forward_flops * share.samples / (rates.matmul_flops * rates.backbone_fraction),
+        "backbone": flops["backbone"] / (rates.matmul_flops * rates.backbone_fraction),
         "sampling": _sampling_bytes(config, setting, share, rates) / rates.copy_bytes,
-        "classifier": new_flops / rates.classifier_flops,
-        "parents": parent_flops / rates.classifier_flops,
+        "classifier": flops["classifier"] / rates.classifier_flops,
+        "parents": flops["parents"] / rates.classifier_flops,
         "row update": _update_bytes(config, share) * _not_measured(share, rates) / rates.copy_bytes,
     }
     step = work | _waiting(config, setting, share, backbone, work)

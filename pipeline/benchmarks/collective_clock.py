@@ -16,7 +16,7 @@ from pipeline.training.watchdog import Pulse
 COLLECTIVES = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "all_reduce")
 
 
-class Parts(Pulse):
+class CollectiveClock(Pulse):
     """In the place of a trainer's pulse: seconds of each phase less its collectives, and of each collective.
 
     The collectives' names are the planner's. Those of the engine (in "backward" and "update") are the backbone's
@@ -69,11 +69,11 @@ class Parts(Pulse):
 class _TimedWork:
     """A collective that is under way."""
 
-    def __init__(self, parts: Parts, part: str, work: Any) -> None:
-        self._parts, self._part, self._work = parts, part, work
+    def __init__(self, clock: CollectiveClock, part: str, work: Any) -> None:
+        self._clock, self._part, self._work = clock, part, work
 
     def wait(self) -> object:
         began = time.perf_counter()
         told = self._work.wait()
-        self._parts.seconds[self._part] += time.perf_counter() - began
+        self._clock.seconds[self._part] += time.perf_counter() - began
         return told
