@@ -83,17 +83,41 @@ def test_the_fit_finds_speeds_that_it_is_told(resnet: BackboneCost, monkeypatch:
 
 
 def test_the_page_has_the_predictions(resnet: BackboneCost) -> None:
-    rates = assumed_rates(published_config(1))
-    rows = re.findall(
-        r"^\| ([\d,]+) \| ([\d.]+) \| (\d+) \| (.*?) \| (.*?) \| (.*?) \|", PAGE.read_text(), re.MULTILINE
-    )
-    told = {(float(rate), int(count.replace(",", ""))): rest for count, rate, *rest in rows}
-    assert told.keys() == SPEEDS.keys() | FURTHER.keys()
-    for point, (published, kind, predicted, error) in told.items():
-        speed = predicted_speed(point, resnet, rates)
-        assert int(published) == (SPEEDS | FURTHER)[point]
+    rates, published = assumed_rates(published_config(1)), SPEEDS | FURTHER
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| [\d,]+ \| ", line)]
+    assert {(float(row[1]), int(row[0].replace(",", ""))) for row in rows} == published.keys()
+    for count, rate, speed, kind, *told in rows:
+        point = float(rate), int(count.replace(",", ""))
+        by_all, by_others = (
+            predicted_speed(point, resnet, one) for one in (rates, fit([p for p in SPEEDS if p != point], resnet))
+        )
+        assert int(speed) == published[point]
         assert kind == ("fitted" if point in FITTED else "predicted")
-        assert (predicted, error) == (f"{speed:,.0f}", f"{speed / int(published) - 1:+.1%}"), point
+        errors = (f"{one / published[point] - 1:+.1%}" for one in (by_all, by_others))
+        assert told == [f"{by_all:,.0f}", *errors], point
+
+
+def test_the_page_tells_speeds_of_several_machines_as_the_model_does(resnet: BackboneCost) -> None:
+    def speed(gpus: int, batch: int, network: float) -> float:
+        update = {"gpus": gpus, "batch": batch, "network_bandwidth": network}
+        config = published_config(2_059_906).model_copy(update=update)
+        return batch / sum(seconds_of(config, Setting(gpus, gpus, 0.2), resnet, assumed_rates(config)).values())
+
+    slow, medium, fast = (f"{speed(32, 4096, network):,.0f}" for network in (3.125, 12.5, 25.0))
+    text = " ".join(PAGE.read_text().split())
+    assert f"says {slow} at 3.125 GB/s a node, {medium} at 12.5, {fast} at 25." in text
+    assert f"it says {speed(8, 4096, 25.0):,.0f}: 28 % too few" in text
+
+
+def test_the_pages_command_gives_its_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = PAGE.read_text()
+    (command,) = re.findall(r"^    python jobs/plan.py (.*--plot .*)$", page, re.MULTILINE)
+    picture = tmp_path / "scaling.png"
+    assert main(command.replace("docs/images/scaling.png", str(picture)).split()) == 0
+    assert picture.stat().st_size > 10_000
+    told = [line.strip() for line in capsys.readouterr().out.splitlines() if re.match(r" +[\d,]+ +[\d,]+ ", line)]
+    assert len(told) == 8
+    assert all(f"    {line}\n" in re.sub(r"^ +", "    ", page, flags=re.MULTILINE) for line in told)
 
 
 # Formulas by hand
