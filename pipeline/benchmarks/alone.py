@@ -10,13 +10,16 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C import _distributed_c10d
 from torch.futures import Future
 
 NAME = "alone"
+# torch lets a group be written in Python, but its stubs do not.
+_C10D: Any = _distributed_c10d
+_Group: Any = dist.ProcessGroup
 
 
-class AloneGroup(dist.ProcessGroup):
+class AloneGroup(_Group):  # type: ignore[misc]
     """One rank of `size`, on its own. What is not defined here raises in torch."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -68,17 +71,17 @@ class AloneGroup(dist.ProcessGroup):
         output.copy_(whole.view(self._own_size, *output.shape)[self._own_rank])
         return _done(output)
 
-    _allgather_base = all_gather_single
-    _reduce_scatter_base = reduce_scatter_single
+    _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single
 
 
 def join_nobody(rank: int, size: int) -> None:
     """Make this process such a rank; the counterpart of `dist.init_process_group`."""
     dist.Backend.register_backend(NAME, lambda _store, own, ranks, _timeout: AloneGroup(own, ranks), devices=["cpu"])
-    dist.init_process_group(NAME, store=dist.HashStore(), rank=rank, world_size=size)
+    dist.init_process_group(NAME, store=_C10D.HashStore(), rank=rank, world_size=size)
 
 
 def _done(value: object) -> dist.Work:
     future: Future[object] = Future()
     future.set_result(value)
-    return _create_work_from_future(future)
+    work: dist.Work = _C10D._create_work_from_future(future)
+    return work

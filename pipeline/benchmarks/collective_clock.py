@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,7 @@ COLLECTIVES = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_si
 
 
 class CollectiveClock(Pulse):
-    """In the place of a trainer's pulse: seconds of each phase less its collectives, and of each collective.
+    """In the place of a trainer's pulse: `seconds` of each phase less its collectives, and of each collective.
 
     The collectives' names are the planner's. Those of the engine (in "backward" and "update") are the backbone's
     gradients, but for single numbers; of the classifier's two gathers the first one brings the features.
@@ -25,7 +25,7 @@ class CollectiveClock(Pulse):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._gathers = 0
         for name in COLLECTIVES:  # of `torch.distributed`, those that a step calls
             setattr(dist, name, self._timed(name, getattr(dist, name)))

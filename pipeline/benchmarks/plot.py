@@ -18,7 +18,7 @@ KEYS = {
 
 
 def plot_results(paths: Sequence[Path], target: Path) -> None:
-    """Draw results of one benchmark as a PNG: the classifier's cost, the loaders' speeds, rank-1 in a backfill, scaling.
+    """Draw results of one benchmark as a PNG.
 
     Raises:
         ConfigError: a file is no result, or of another benchmark than the first.

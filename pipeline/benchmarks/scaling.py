@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ import torch.distributed as dist
 from pydantic import Field
 
 from pipeline.benchmarks.alone import join_nobody
+from pipeline.benchmarks.collective_clock import CollectiveClock
 from pipeline.benchmarks.crew import Crew
 from pipeline.benchmarks.measure import GIB, free_bytes, machine
-from pipeline.benchmarks.collective_clock import CollectiveClock
 from pipeline.compat.methods.bct import Bct
 from pipeline.errors import ConfigError
 from pipeline.identities import IdentityTable
@@ -33,6 +32,8 @@ from pipeline.planning.backbone import count_backbone
 from pipeline.schema import Config
 from pipeline.training.optimiser import OptimiserConfig
 from pipeline.training.trainer import Trainer, TrainingConfig
+
+Told = dict[str, float]
 
 CPU = torch.device("cpu")
 RANK_BYTES = GIB // 2  # of a process before it holds anything
@@ -76,7 +77,7 @@ def measure_scaling(config: ScalingBenchmark, progress: Callable[[str], None]) -
     worlds = [1 << power for power in range(config.workers.bit_length())]
     parameters = count_backbone(config.network).parameters
     _check(config, worlds[-1], parameters)
-    rounds: dict[int, list[dict[str, Counter[str]]]] = {}
+    rounds: dict[int, list[dict[str, Told]]] = {}
     links: dict[str, float] | None = None
     for world in worlds:
         progress(f"starting {world} processes of each kind")
@@ -119,19 +120,17 @@ def _check(config: ScalingBenchmark, ranks: int, parameters: int) -> None:
         )
 
 
-def _turn(crew: Crew, steps: int) -> Counter[str]:
+def _turn(crew: Crew, steps: int) -> Told:
     """Seconds of a step by part, mean over steps and ranks: all of a crew are at work at the same time."""
-    by_rank: list[Counter[str]] = crew.ask(steps)
-    return Counter(
-        {name: sum(told[name] for told in by_rank) / len(by_rank) / steps for told in by_rank for name in told}
-    )
+    by_rank: list[Told] = crew.ask(steps)
+    return {name: sum(told[name] for told in by_rank) / len(by_rank) / steps for name in by_rank[0]}
 
 
-def _median(rounds: list[dict[str, Counter[str]]], kind: str, name: str) -> float:
+def _median(rounds: list[dict[str, Told]], kind: str, name: str) -> float:
     return 1e3 * statistics.median(one[kind][name] for one in rounds)
 
 
-def _parts(rounds: list[dict[str, Counter[str]]], kind: str) -> dict[str, float]:
+def _parts(rounds: list[dict[str, Told]], kind: str) -> dict[str, float]:
     return {name: _median(rounds, kind, name) for name in rounds[0][kind] if name != "step"}
 
 
@@ -169,7 +168,7 @@ def make_rank(rank: int, size: int, folder: str, config: ScalingBenchmark, among
         for _ in range(question):
             _, norms = trainer.step(images_bCHW, labels_b, 0)
             assert norms, "a step on which nobody moved is no measurement"
-        return clock.seconds + Counter(step=time.perf_counter() - began)
+        return {**clock.seconds, "step": time.perf_counter() - began}
 
     return answer
 
