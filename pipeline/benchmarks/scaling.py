@@ -66,6 +66,7 @@ def measure_scaling(config: ScalingBenchmark, progress: Callable[[str], None]) -
 
     - `step_ms`: a step among others, and `alone_ms`: of as many processes at a time that never wait.
     - `efficiency`: the second over the first, median over the rounds.
+    - `efficiency_of_fastest`: of each the fastest round; on a machine that does other work, too, nearer to the truth.
     - `parts_ms`: of the first, each phase less its collectives, and each collective with its waiting.
     - `alone_parts_ms`: of the second.
     - `links`: latency (microseconds) and bandwidth (GB/s) of a gather between two processes; null with one.
@@ -101,6 +102,9 @@ def measure_scaling(config: ScalingBenchmark, progress: Callable[[str], None]) -
             str(world): statistics.median(one["alone"]["step"] / one["together"]["step"] for one in told)
             for world, told in counted.items()
         },
+        "efficiency_of_fastest": {
+            str(world): _fastest(told, "alone") / _fastest(told, "together") for world, told in counted.items()
+        },
         "parts_ms": {str(world): _parts(told, "together") for world, told in counted.items()},
         "alone_parts_ms": {str(world): _parts(told, "alone") for world, told in counted.items()},
         "links": links,
@@ -128,6 +132,10 @@ def _turn(crew: Crew, steps: int) -> Told:
 
 def _median(rounds: list[dict[str, Told]], kind: str, name: str) -> float:
     return 1e3 * statistics.median(one[kind][name] for one in rounds)
+
+
+def _fastest(rounds: list[dict[str, Told]], kind: str) -> float:
+    return min(one[kind]["step"] for one in rounds)
 
 
 def _parts(rounds: list[dict[str, Told]], kind: str) -> dict[str, float]:

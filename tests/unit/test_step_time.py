@@ -339,3 +339,21 @@ def test_links_of_a_benchmark_are_taken_unless_they_are_given(tmp_path: Path) ->
     path.write_text(json.dumps(DOCUMENT | {"links": None}))
     with pytest.raises(ConfigError, match=r"links\.latency is missing: measure again with jobs/benchmark.py scaling"):
         measured_links(path)
+
+
+def test_the_page_has_the_measured_parts_beside_the_predicted() -> None:
+    document = json.loads((ROOT / "docs" / "benchmarks" / "scaling-cpu.json").read_text())
+    rows = [
+        line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| [a-z ,]+ \| \d", line)
+    ]
+    assert {row[0] for row in rows} >= {CLASSIFIER, "backbone gradients", "a step"}
+    for name, *told in rows:
+        expected = []
+        for world in (1, 2, 4):
+            predicted, measured = (
+                parts | {"a step": sum(parts.values())}
+                for parts in (predicted_parts(document, world), measured_parts(document, world))
+            )
+            ratio = f"{predicted[name] / measured[name]:.2f}" if measured[name] >= 0.5 else "—"
+            expected += [f"{predicted[name]:,.0f}", f"{measured[name]:,.0f}", ratio]
+        assert told == expected, name
