@@ -7,6 +7,7 @@ python jobs/benchmark.py embed --backbone iresnet50 --json FILE      images a se
 python jobs/benchmark.py backfill --gallery OLD --vectors NEW --queries FOLDER --json FILE    rank-1 while it moves
 python jobs/benchmark.py checkpoint --json FILE                     stall, resume and re-sharding
 python jobs/benchmark.py step --json FILE                           what Ray, loader and tracking add to a step
+python jobs/benchmark.py scaling --json FILE                        a training step of 1, 2, 4 processes
 python jobs/benchmark.py plot --out FILE.png FILE.json ...           a picture of results
 """
 
@@ -34,6 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
     from pipeline.benchmarks.loader import LoaderBenchmark, measure_loader
     from pipeline.benchmarks.step import StepBenchmark, measure_step
+    from pipeline.benchmarks.scaling import ScalingBenchmark, measure_scaling
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -45,6 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("backfill", "rank-1 while a gallery moves", BackfillBenchmark, measure_backfill),
         ("step", "what Ray, loader and tracking add to a step", StepBenchmark, measure_step),
         ("checkpoint", "saving and re-sharding of a classifier", CheckpointBenchmark, measure_checkpoint),
+        ("scaling", "a training step of 1, 2, 4 processes", ScalingBenchmark, measure_scaling),
     ):
         command = commands.add_parser(name, help=help_text)
         for key, field in model.model_fields.items():

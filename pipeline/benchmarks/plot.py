@@ -12,12 +12,13 @@ from pipeline.errors import ConfigError
 KEYS = {
     "classifier": ("classes", "step_ms", "extra_bytes", "dim", "batch", "machine"),
     "backfill": ("rank1", "shares", "generations", "keys"),
+    "scaling": ("step_ms", "alone_ms", "efficiency", "parts_ms", "batch", "rows", "backbone", "machine"),
     "loader": ("augment", "images_per_s", "size", "threads", "machine"),
 }
 
 
 def plot_results(paths: Sequence[Path], target: Path) -> None:
-    """Draw results of one benchmark as a PNG: the classifier's cost, the loaders' speeds, or rank-1 in a backfill.
+    """Draw results of one benchmark as a PNG.
 
     Raises:
         ConfigError: a file is no result, or of another benchmark than the first.
@@ -31,7 +32,8 @@ def plot_results(paths: Sequence[Path], target: Path) -> None:
     kinds = {result["benchmark"] for result in results}
     if len(kinds) > 1:
         raise ConfigError(f"results of {' and '.join(sorted(kinds))} do not go into one picture; plot them apart")
-    draw = {"classifier": _draw_classifier, "loader": _draw_loader, "backfill": _draw_backfill}[kinds.pop()]
+    drawers = {"classifier": _draw_classifier, "loader": _draw_loader, "backfill": _draw_backfill}
+    draw = (drawers | {"scaling": _draw_scaling})[kinds.pop()]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     draw(figure, axes, results)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,3 +93,34 @@ def _draw_backfill(figure: Any, axes: Any, results: list[dict[str, Any]]) -> Non
         each.grid(alpha=0.3)
         each.legend()
     figure.suptitle(f"queries of {new} on a gallery of {first['keys']:,} that moves from {old} to {new}", fontsize=10)
+
+
+def _draw_scaling(figure: Any, axes: Any, results: list[dict[str, Any]]) -> None:
+    """A step with and without communication, and where its time goes, over the number of processes."""
+    first = results[0]
+    worlds = list(first["step_ms"])
+    places = range(len(worlds))
+    for shift, key, label, colour in (
+        (-0.2, "alone_ms", "without", "tab:blue"),
+        (0.2, "step_ms", "with", "tab:orange"),
+    ):
+        axes[0].bar([place + shift for place in places], [first[key][world] for world in worlds], 0.4, color=colour)
+        axes[0].bar(0, 0, color=colour, label=f"{label} communication")
+    for place, world in zip(places, worlds, strict=True):
+        highest = max(first["step_ms"][world], first["alone_ms"][world])
+        axes[0].annotate(f"{first['efficiency'][world]:.0%}", (place, highest), ha="center", va="bottom")
+    axes[0].set(title="a step (and efficiency)", xlabel="processes", ylabel="milliseconds")
+    base = [0.0] * len(worlds)
+    for part in first["parts_ms"][worlds[-1]]:
+        heights = [first["parts_ms"][world].get(part, 0.0) for world in worlds]
+        axes[1].bar(places, heights, 0.6, bottom=base, label=part)
+        base = [low + height for low, height in zip(base, heights, strict=True)]
+    axes[1].set(title="with communication, by part", xlabel="processes", ylabel="milliseconds")
+    for each in axes:
+        each.set_xticks(places, worlds)
+        each.margins(y=0.15)
+        each.grid(alpha=0.3, axis="y")
+        each.set_axisbelow(True)
+        each.legend(fontsize=8, loc="upper left")
+    what = f"{first['backbone']}, {first['batch']} images and {first['rows']:,} prototypes a rank"
+    figure.suptitle(f"{what}, {first['machine']['cores']} cores", fontsize=10)

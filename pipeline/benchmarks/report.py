@@ -14,6 +14,7 @@ def as_text(result: dict[str, Any]) -> str:
         "embed": _embed,
         "backfill": _backfill,
         "checkpoint": _checkpoint,
+        "scaling": _scaling,
     }
     return ways[result["benchmark"]](result)
 
@@ -76,6 +77,17 @@ def _checkpoint(result: dict[str, Any]) -> str:
             f"memory of a rank beyond its own part {result['reshard_extra_bytes'] / (1 << 20):,.0f} MiB",
         ]
     )
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    lines = [f"{'processes':<12}{'a step':>12}{'without':>12}{'efficiency':>12}{'in collectives':>16}"]
+    for world, step in result["step_ms"].items():
+        phases = ("forward", "losses", "backward", "update")
+        collectives = sum(ms for part, ms in result["parts_ms"][world].items() if part not in phases)
+        times = f"{step:>9,.0f} ms{result['alone_ms'][world]:>9,.0f} ms"
+        lines.append(f"{world:<12}{times}{result['efficiency'][world]:>12.3f}{collectives:>13,.0f} ms")
+    lines.append("efficiency: time of as many processes without communication over the time with it")
+    return "\n".join(lines)
 
 
 def _evaluation(result: dict[str, Any]) -> str:

@@ -11,14 +11,6 @@ from pipeline.errors import ConfigError
 from pipeline.files import parse_json
 from pipeline.planning.config import PlanConfig
 
-# Without a benchmark: an NVIDIA A100 80 GB by its data sheet (dense, without TF32), and shares that are assumed.
-ASSUMED_MATMUL_FLOPS = {"bf16": 312e12, "fp32": 19.5e12}
-ASSUMED_COPY_BYTES = 2.0e12
-ASSUMED_FRACTION = 0.5
-# InsightFace, arcface_torch/docs/speed_benchmark.md: 3M identities, 8 V100 (125 TFLOP/s), batch 1024, D 512. All rows
-# take 1024 / 2271 s a step, a tenth of them 1024 / 5300 s: the rest of the rows run at 5.5 TFLOP/s.
-ASSUMED_EAGER_FRACTION = 0.044
-
 
 @dataclass(frozen=True)
 class Rates:
@@ -29,6 +21,8 @@ class Rates:
         matmul_flops: FLOP/s of a large matrix product.
         fraction_of_matmul: share of it that the classifier reaches.
         copy_bytes: bytes/s of memory traffic.
+        backbone_fraction: share of the product's FLOP/s that the backbone reaches.
+        eager_row_bytes: of public code's sampling, a row of the rank.
         batch: of the benchmark, whose step included the update of the rows; None without one.
         dim: of the benchmark.
         extra_bytes: the benchmark's memory beyond rows and optimiser, at its batch; None where not known.
@@ -38,6 +32,8 @@ class Rates:
     matmul_flops: float
     fraction_of_matmul: float
     copy_bytes: float
+    backbone_fraction: float
+    eager_row_bytes: float
     batch: float | None = None
     dim: float | None = None
     extra_bytes: float | None = None
@@ -55,12 +51,20 @@ class Rates:
 
 def assumed_rates(config: PlanConfig) -> Rates:
     """Return rates for where nothing was measured."""
+    profile = config.profile
     return Rates(
-        source="not calibrated: an A100's data sheet, and assumed shares of it; measure with --benchmark FILE",
-        matmul_flops=ASSUMED_MATMUL_FLOPS[config.precision],
-        fraction_of_matmul=ASSUMED_FRACTION if config.implementation == "ours" else ASSUMED_EAGER_FRACTION,
-        copy_bytes=ASSUMED_COPY_BYTES,
+        source=f"not calibrated: {profile.source}; measure with --benchmark FILE",
+        matmul_flops=profile.matmul_flops[config.precision],
+        fraction_of_matmul=profile.tiles_fraction if config.implementation == "ours" else profile.eager_fraction,
+        copy_bytes=profile.copy_bytes,
+        backbone_fraction=_backbone_fraction(config),
+        eager_row_bytes=profile.eager_row_bytes,
     )
+
+
+def _backbone_fraction(config: PlanConfig) -> float:
+    given = config.backbone_efficiency
+    return config.profile.backbone_fraction if given is None else given
 
 
 def benchmark_rates(path: Path, config: PlanConfig) -> Rates:
@@ -69,18 +73,20 @@ def benchmark_rates(path: Path, config: PlanConfig) -> Rates:
     Raises:
         ConfigError: the file cannot be read, lacks a key, or measured something that tells nothing of this plan.
     """
-    document = _read(path)
+    document = read("--benchmark", path)
     if document.get("parents") or document.get("sample_rate", 1) != 1:
         raise ConfigError(f"{path}: measured with parents or a sample rate below 1: measure it without either")
     common = {
-        "matmul_flops": _number(document, "ceilings.matmul_flops", path),
-        "copy_bytes": _number(document, "ceilings.copy_bytes", path),
-        "batch": _number(document, "batch", path),
-        "dim": _number(document, "dim", path),
+        "matmul_flops": number(document, "ceilings.matmul_flops", path),
+        "copy_bytes": number(document, "ceilings.copy_bytes", path),
+        "batch": number(document, "batch", path),
+        "dim": number(document, "dim", path),
+        "backbone_fraction": _backbone_fraction(config),
+        "eager_row_bytes": config.profile.eager_row_bytes,
     }
     if config.implementation == "eager":
-        flops = 8 * common["batch"] * common["dim"] * _number(document, "classes", path)
-        reached = flops / (_number(document, "step_ms.eager", path) / 1e3)
+        flops = 8 * common["batch"] * common["dim"] * number(document, "classes", path)
+        reached = flops / (number(document, "step_ms.eager", path) / 1e3)
         return Rates(
             _source(path, document, "eager", config), fraction_of_matmul=reached / common["matmul_flops"], **common
         )
@@ -89,32 +95,41 @@ def benchmark_rates(path: Path, config: PlanConfig) -> Rates:
         raise ConfigError(f"{path}: implementation is {name!r}, the plan is of ours: measure 'blocked' or 'triton'")
     return Rates(
         _source(path, document, name, config),
-        fraction_of_matmul=_number(document, "fraction_of_matmul", path),
-        extra_bytes=_number(document, f"extra_bytes.{name}", path),
+        fraction_of_matmul=number(document, "fraction_of_matmul", path),
+        extra_bytes=number(document, f"extra_bytes.{name}", path),
         **common,
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(option: str, path: Path) -> dict[str, Any]:
+    """What a benchmark wrote.
+
+    Raises:
+        ConfigError: it is not that.
+    """
     try:
         document = parse_json(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"--benchmark {path}: {error.strerror or error}") from None
+        raise ConfigError(f"{option} {path}: {error.strerror or error}") from None
     except ValueError:
-        raise ConfigError(f"--benchmark {path} is not JSON: give the file that jobs/benchmark.py wrote") from None
+        raise ConfigError(f"{option} {path} is not JSON: give the file that jobs/benchmark.py wrote") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"--benchmark {path} is not a benchmark: give the file that jobs/benchmark.py wrote")
+        raise ConfigError(f"{option} {path} is not a benchmark: give the file that jobs/benchmark.py wrote")
     return document
 
 
-def _number(document: dict[str, Any], key: str, path: Path) -> float:
-    """Look up a positive number by its dotted key."""
+def number(document: dict[str, Any], key: str, path: Path, benchmark: str = "classifier") -> float:
+    """Look up a positive number by its dotted key.
+
+    Raises:
+        ConfigError: there is none.
+    """
     value: Any = document
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
         what = "is missing" if value is None else f"is {value!r}, not a positive number"
-        raise ConfigError(f"{path}: {key} {what}: measure again with jobs/benchmark.py classifier")
+        raise ConfigError(f"{path}: {key} {what}: measure again with jobs/benchmark.py {benchmark}")
     return float(value)
 
 

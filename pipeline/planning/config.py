@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.model.backbones import BackboneConfig
+from pipeline.planning.links import Links
+from pipeline.planning.profiles import PROFILES, GpuProfile
 from pipeline.schema import Config
 
 GIB = 1 << 30
 MOST_GPUS = 1 << 16
+GpuName = Literal["v100-32g", "a100-80g", "h100-80g"]
+assert get_args(GpuName) == tuple(PROFILES)
+STAGE_3_OVERLAP = 0.5
 SAMPLE_RATES = (1.0, 0.5, 0.2, 0.1, 0.05)  # searched
 
 
@@ -44,10 +49,29 @@ class PlanConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO of the backbone")
     sample_rate: float | None = Field(None, gt=0, le=1, description="share of the rows in a step's softmax [searched]")
     class_group: int | None = Field(None, ge=1, description="GPUs that share one copy of the classifier [searched]")
-    bandwidth: float = Field(50.0, gt=0, description="between GPUs, GB/s each way")
+    gpu: GpuName = Field("a100-80g", description="whose speeds are taken, where nothing else is given")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs of a node")
+    bandwidth: float | None = Field(None, gt=0, description="between GPUs of a node, GB/s each way [that of --gpu]")
+    latency: float = Field(5.0, ge=0, description="of a round of a collective within a node, microseconds")
+    network_bandwidth: float = Field(50.0, gt=0, description="of a node, by all its adapters, GB/s each way")
+    network_latency: float = Field(15.0, ge=0, description="of a round of a collective between nodes, microseconds")
+    overlap: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the backbone's backward pass beneath which its gradients travel "
+        f"[0, as DeepSpeed is started here; at ZeRO 3 {STAGE_3_OVERLAP}]",
+    )
+    loader_images_per_s: float | None = Field(
+        None, gt=0, description="that are decoded for a GPU beneath its steps [never too few]"
+    )
+    checkpoint_every: int | None = Field(None, ge=1, description="steps from one checkpoint to the next [none]")
+    checkpoint_bandwidth: float = Field(
+        10.0, gt=0, description="from a GPU to where its checkpoint waits to be written, GB/s"
+    )
     overhead: float = Field(1.5, ge=0, description="CUDA context, NCCL buffers, fragments of the allocator, GiB")
-    backbone_efficiency: float = Field(
-        0.4, gt=0, le=1, description="share of the matrix product's speed that the backbone reaches"
+    backbone_efficiency: float | None = Field(
+        None, gt=0, le=1, description="share of the matrix product's speed that the backbone reaches [that of --gpu]"
     )
 
     @model_validator(mode="after")
@@ -76,6 +100,29 @@ class PlanConfig(Config):
         """One a parent."""
         several = len(self.parent_dim) > 1
         return self.parent_dim if several else (*self.parent_dim, self.dim)[:1] * len(self.parents)
+
+    @property
+    def profile(self) -> GpuProfile:
+        """Of the GPU."""
+        return PROFILES[self.gpu]
+
+    @property
+    def links(self) -> Links:
+        """What connects the GPUs."""
+        return Links(
+            per_node=self.gpus_per_node,
+            bandwidth=self.profile.bandwidth if self.bandwidth is None else self.bandwidth * 1e9,
+            latency=self.latency * 1e-6,
+            network_bandwidth=self.network_bandwidth * 1e9,
+            network_latency=self.network_latency * 1e-6,
+        )
+
+    @property
+    def hidden_share(self) -> float:
+        """Of the backbone's backward pass, beneath which its gradients travel."""
+        if self.overlap is None:
+            return STAGE_3_OVERLAP if self.zero_stage == 3 else 0.0
+        return self.overlap
 
     @property
     def memory_bytes(self) -> float:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.console import console, say
 from pipeline.planning.config import GIB
+from pipeline.planning.scale import ScalePlan, bound_by, efficiency
 from pipeline.planning.search import CapacityPlan, Estimate
 
 
@@ -66,6 +67,41 @@ def alternatives_table(plan: CapacityPlan) -> Table:
     return table
 
 
+def show_scale(plan: ScalePlan) -> None:
+    """Print the training on more and more GPUs."""
+    console.print(scale_table(plan))
+    say("efficiency: speed over that of the same GPUs doing the same without waiting for each other")
+    console.print(plan.rates.source, markup=False)
+
+
+def scale_table(plan: ScalePlan) -> Table:
+    """One line for each number of GPUs."""
+    first = plan.points[0]
+    table = Table(
+        title=f"{first.batch // first.setting.ranks} samples a GPU, {plan.config.identities:,} identities, "
+        f"sample rate {first.setting.sample_rate:g}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("GPUs", "group", "batch", "GiB/GPU", "ms/step", "images/s", "efficiency"):
+        table.add_column(column, justify="right")
+    table.add_column("bound by", no_wrap=True)
+    for one in plan.points:
+        speed = one.batch / one.step_seconds
+        table.add_row(
+            f"{one.setting.ranks:,}",
+            f"{one.setting.class_group:,}",
+            f"{one.batch:,}",
+            f"{one.memory_bytes / GIB:,.1f}",
+            f"{1e3 * one.step_seconds:,.1f}",
+            f"{speed:,.0f}",
+            f"{efficiency(one):.1%}",
+            bound_by(one) if one.fits else f"does not fit, by {(one.memory_bytes - one.available) / GIB:,.1f} GiB",
+        )
+    return table
+
+
 def conclusion(plan: CapacityPlan) -> str:
     """Tell the cheapest setting in one line, and the cheapest without sampling where it is another."""
     line = f"cheapest that fits: {words_of(plan.chosen)}, {_cost(plan.chosen)}"
@@ -78,14 +114,35 @@ def conclusion(plan: CapacityPlan) -> str:
 
 def as_json(plan: CapacityPlan) -> dict[str, Any]:
     """All of the plan: bytes, seconds, and what they were computed from."""
+    return _origin_json(plan) | {
+        "chosen": _estimate_json(plan.chosen),
+        "without_sampling": None if plan.unsampled is None else _estimate_json(plan.unsampled),
+        "alternatives": [_estimate_json(one) for one in plan.alternatives],
+    }
+
+
+def scale_json(plan: ScalePlan) -> dict[str, Any]:
+    """All of the plan on more and more GPUs."""
+    points = [
+        _estimate_json(one)
+        | {
+            "batch": one.batch,
+            "images_per_s": one.batch / one.step_seconds,
+            "efficiency": efficiency(one),
+            "bound_by": bound_by(one),
+        }
+        for one in plan.points
+    ]
+    return _origin_json(plan) | {"scale": points}
+
+
+def _origin_json(plan: CapacityPlan | ScalePlan) -> dict[str, Any]:
     return {
         "config": plan.config.model_dump(mode="json"),
         "calibrated": plan.rates.calibrated,
         "rates": asdict(plan.rates),
+        "links": asdict(plan.config.links),
         "backbone": asdict(plan.backbone),
-        "chosen": _estimate_json(plan.chosen),
-        "without_sampling": None if plan.unsampled is None else _estimate_json(plan.unsampled),
-        "alternatives": [_estimate_json(one) for one in plan.alternatives],
     }
 
 

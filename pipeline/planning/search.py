@@ -81,7 +81,7 @@ def make_plan(config: PlanConfig, rates: Rates) -> CapacityPlan:
     alternatives = tuple(find_alternatives(config, backbone, rates))
     chosen = _cheapest(alternatives)
     if chosen is None:
-        raise ConfigError(_nothing_fits(config, backbone, rates, alternatives))
+        raise ConfigError(nothing_fits(config, backbone, rates, alternatives))
     unsampled = _cheapest(tuple(one for one in alternatives if one.setting.sample_rate == 1))
     return CapacityPlan(config, rates, backbone, alternatives, chosen, unsampled)
 
@@ -101,15 +101,19 @@ def estimate(config: PlanConfig, setting: Setting, backbone: BackboneCost, rates
 def find_alternatives(config: PlanConfig, backbone: BackboneCost, rates: Rates) -> Iterator[Estimate]:
     """For each number of ranks and sample rate the fastest class group that fits, or the smallest if none does."""
     for ranks in _rank_counts(config):
-        for rate in SAMPLE_RATES if config.sample_rate is None else (config.sample_rate,):
-            found = [
-                estimate(config, Setting(ranks, group, rate), backbone, rates) for group in _class_groups(config, ranks)
-            ]
-            fitting = [one for one in found if one.fits]
-            if fitting:
-                yield min(fitting, key=lambda one: (one.step_seconds, one.memory_bytes))
-            elif found:
-                yield min(found, key=lambda one: one.memory_bytes)
+        if _class_groups(config, ranks):
+            for rate in SAMPLE_RATES if config.sample_rate is None else (config.sample_rate,):
+                yield best_of(config, ranks, rate, backbone, rates)
+
+
+def best_of(config: PlanConfig, ranks: int, rate: float, backbone: BackboneCost, rates: Rates) -> Estimate:
+    """The fastest class group of so many ranks that fits, or the smallest if none does."""
+    groups = _class_groups(config, ranks)
+    found = [estimate(config, Setting(ranks, group, rate), backbone, rates) for group in groups]
+    fitting = [one for one in found if one.fits]
+    if fitting:
+        return min(fitting, key=lambda one: (one.step_seconds, one.memory_bytes))
+    return min(found, key=lambda one: one.memory_bytes)
 
 
 def _rank_counts(config: PlanConfig) -> list[int]:
@@ -128,7 +132,7 @@ def _cheapest(estimates: tuple[Estimate, ...]) -> Estimate | None:
     return min((one for one in estimates if one.fits), key=lambda one: one.gpu_seconds_per_sample, default=None)
 
 
-def _nothing_fits(config: PlanConfig, backbone: BackboneCost, rates: Rates, tried: tuple[Estimate, ...]) -> str:
+def nothing_fits(config: PlanConfig, backbone: BackboneCost, rates: Rates, tried: tuple[Estimate, ...]) -> str:
     """Tell by how much, and the first change that would do."""
     closest = min(tried, key=lambda one: one.memory_bytes)
     need, setting = closest.memory_bytes / GIB, closest.setting

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from jobs import benchmark
+from pipeline.benchmarks.alone import join_nobody
+from pipeline.benchmarks.crew import Crew
 from pipeline.benchmarks.eager import MOMENTUM, RATE, EagerClassifier
 from pipeline.benchmarks.evaluation import faces
 from pipeline.benchmarks.plot import plot_results
+from pipeline.errors import ClusterError
 from pipeline.model.classifier import ClassifierConfig, ShardedClassifier
 from pipeline.model.heads import Head
 from pipeline.model.margins import MarginConfig
+from pipeline.planning.measured import measured_parts, predicted_parts
 from pipeline.training.optimiser import OptimiserConfig
 from pipeline.training.row_optimiser import RowOptimiser
 
@@ -130,6 +136,65 @@ def test_checkpoints_are_saved_copied_and_loaded_by_fewer_ranks(tmp_path: Path) 
     assert result["reshard_over_copy"] == pytest.approx(one["copy_s"] / one["resume_s"])
     assert "memory of a rank beyond its own part" in done.stdout
     assert list(disk.iterdir()) == [], "nothing is left"
+
+
+def test_scaling_is_measured_beside_processes_that_never_meet(tmp_path: Path) -> None:
+    target, picture = tmp_path / "result.json", tmp_path / "scaling.png"
+    command = [sys.executable, "jobs/benchmark.py", "scaling", "--workers", "2", "--batch", "3", "--rows", "50"]
+    command += ["--dim", "8", "--backbone", "small", "--size", "32", "--repeats", "2", "--json", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "efficiency" in done.stdout
+    result: dict[str, Any] = json.loads(target.read_text())
+    worlds = {"1", "2"}
+    assert all(result[key].keys() == worlds for key in ("step_ms", "alone_ms", "efficiency", "parts_ms"))
+    for world in worlds:
+        rounds = result["rounds_ms"][world]
+        assert len(rounds) == 2
+        assert result["efficiency"][world] == pytest.approx(
+            np.median([one["alone"] / one["together"] for one in rounds])
+        )
+        assert all(ms >= 0 for ms in result["parts_ms"][world].values())
+    exchanges = {"gather of features", "softmax statistics", "feature gradients"}
+    assert exchanges & result["parts_ms"]["1"].keys() == set(), "one process has nobody to tell"
+    for crew in ("parts_ms", "alone_parts_ms"):  # the same program, with others and without
+        phases = {"forward", "losses", "backward", "update"}
+        assert result[crew]["2"].keys() == phases | exchanges | {"backbone gradients", "agreement"}
+    assert min(result["links"].values()) >= 0
+    assert set(predicted_parts(result, 2)) == set(measured_parts(result, 2))
+    plot_results([target], picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def echo(rank: int, size: int, _folder: str, among: str) -> Callable[[Any], Any]:
+    """A worker of a crew: alone, it says what the collectives of a group without others give."""
+    if among == "nobody":
+        join_nobody(rank, size)
+
+    def answer(question: Any) -> Any:
+        if question == "end":
+            raise SystemExit("told to end")
+        own = torch.tensor([rank, question], dtype=torch.float32)
+        whole, part, total = torch.zeros(2 * size), torch.zeros(2), own.clone()
+        if among == "nobody":
+            dist.all_gather_single(whole, own)
+            dist.reduce_scatter_single(part, torch.arange(2.0 * size))
+            dist.all_reduce(total)
+            dist.barrier()
+        return rank, whole.tolist(), part.tolist(), total.tolist()
+
+    return answer
+
+
+def test_ranks_that_meet_nobody_take_their_own_part_for_everybodys() -> None:
+    with Crew(3, echo, "nobody") as crew:
+        assert crew.ask(5) == [(rank, [rank, 5] * 3, [2 * rank, 2 * rank + 1], [rank, 5]) for rank in range(3)]
+        assert [rank for rank, *_ in crew.ask(6)] == [0, 1, 2]
+
+
+def test_a_process_that_ends_is_told() -> None:
+    with Crew(2, echo, "none") as crew, pytest.raises(ClusterError, match="has ended"):
+        crew.ask("end")
 
 
 def test_faces_of_one_identity_are_alike_whichever_rows_hold_them() -> None:

@@ -225,15 +225,17 @@ def test_traffic_is_that_of_the_collectives() -> None:
         "softmax statistics": 0.75 * 4 * 2 * 512 * 12,
         "feature gradients": 0.75 * 512 * 4 * 512,
         "row gradients of replicas": 2 * 0.5 * 4 * 512 * 1000,
-        "backbone": 2 * 0.875 * 4000,
+        "backbone": 3 * 0.875 * 4000,
     }
+    plain = traffic_of(make(zero_stage=0), Setting(8, 8, 1.0), cost)
+    assert plain["backbone"] == 2 * 0.875 * 4000
     whole = traffic_of(make(zero_stage=3), Setting(8, 8, 1.0), cost)
     assert whole["backbone"] == 3 * 0.875 * 4000
     assert sum(traffic_of(make(gpus=1), Setting(1, 1, 1.0), cost).values()) == 0
 
 
 def test_a_small_classifier_takes_a_small_group_and_a_huge_one_the_whole() -> None:
-    few, many = (make(identities=count, batch=8192, sample_rate=1.0, gpu_memory=40.0) for count in (10**3, 4 * 10**7))
+    few, many = (make(identities=count, batch=8192, sample_rate=1.0, gpu_memory=40.0) for count in (10**2, 4 * 10**7))
     traffic = [sum(traffic_of(few, Setting(8, group, 1.0), FREE).values()) for group in (1, 2, 4, 8)]
     assert traffic == sorted(traffic)
     assert [one.setting.class_group for one in best_by_ranks(few)] == [1, 1, 1, 1]
