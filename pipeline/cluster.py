@@ -193,6 +193,7 @@ def _train_one(plan: Plan, board: Any, listen: Listen) -> bool:
     from pipeline.data.store import open_store
     from pipeline.data.store_metadata import metadata_folder
     from pipeline.training.loop import train
+    from pipeline.training.meter import Telemetry
     from pipeline.training.micro_batches import accumulation_on
     from pipeline.training.trainer import Trainer
 
@@ -246,7 +247,9 @@ def _train_one(plan: Plan, board: Any, listen: Listen) -> bool:
             patience_s=generation.training.guards.loader_timeout_s,
         )
 
-    observer = Poster(plan, board) if dist.get_rank() == 0 else Silence()
+    observer = Poster(plan, board) if dist.get_rank() == 0 else Silence(plan, dist.get_rank())
+    telemetry = Telemetry(observer.measured, plan.quarantine.parent / "traces")
     with observer, closing(store):
         places = (plan.checkpoints, plan.destination)
-        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, listen)
+        told = (listen, telemetry)
+        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, *told)

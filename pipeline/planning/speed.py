@@ -6,6 +6,7 @@ from pipeline.model.heads import STATISTICS
 from pipeline.planning.backbone import BackboneCost
 from pipeline.planning.calibration import Rates
 from pipeline.planning.config import PlanConfig, Setting, Share
+from pipeline.planning.flops import flops_of
 from pipeline.planning.memory import FP32, INT64, OPTIMISER_SLOTS
 
 
@@ -32,13 +33,12 @@ def traffic_of(config: PlanConfig, setting: Setting, backbone: BackboneCost) -> 
 def seconds_of(config: PlanConfig, setting: Setting, backbone: BackboneCost, rates: Rates) -> dict[str, float]:
     """Seconds by item of a step."""
     share = Share.of(config, setting)
-    backbone_flops = 3 * backbone.forward_flops * share.samples
-    new_flops = 8 * share.group_batch * share.sampled_rows * config.dim  # two products a pass, two passes
-    parent_flops = 4 * share.group_batch * sum(rows * dim for rows, dim in share.parents)  # logits, feature gradient
+    new = (share.sampled_rows, config.dim)
+    flops = flops_of(backbone.forward_flops, share.samples, share.group_batch, new, share.parents)
     return {
-        "backbone": backbone_flops / (rates.matmul_flops * config.backbone_efficiency),
-        "classifier": new_flops / rates.classifier_flops,
-        "parents": parent_flops / rates.classifier_flops,
+        "backbone": flops["backbone"] / (rates.matmul_flops * config.backbone_efficiency),
+        "classifier": flops["classifier"] / rates.classifier_flops,
+        "parents": flops["parents"] / rates.classifier_flops,
         "row update": _update_bytes(config, share) * _not_measured(share, rates) / rates.copy_bytes,
         "communication": sum(traffic_of(config, setting, backbone).values()) / (config.bandwidth * 1e9),
     }
