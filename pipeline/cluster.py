@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import logs
 from pipeline.console import say
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ClusterError, StoppedError
@@ -56,7 +57,8 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(ray_address(), runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
+        variables = {"env_vars": THREADS | logs.environment()}
+        ray.init(ray_address(), runtime_env=variables, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray cannot be reached: {redacted(' '.join(str(error).split()))[:300]}") from None
     if threading.current_thread() is threading.main_thread():
@@ -182,6 +184,7 @@ class _TorchConfig(TorchConfig):
 
 def _worker(arguments: dict[str, Any]) -> bool:
     """One rank, from its process group to the sealed artefacts; False if it was asked to stop before."""
+    logs.configure()
     board, listen = arguments["board"], Ear(arguments["board"], dist.get_rank())
     # A group that replaces a lost one finds the first artefacts done.
     return all((plan.destination / RECORD).is_file() or _train_one(plan, board, listen) for plan in arguments["plans"])
@@ -247,6 +250,7 @@ def _train_one(plan: Plan, board: Any, listen: Listen) -> bool:
             patience_s=generation.training.guards.loader_timeout_s,
         )
 
+    logs.take_place(config.name, plan.record.name, dist.get_rank(), lambda: trainer.pulse.step)
     observer = Poster(plan, board) if dist.get_rank() == 0 else Silence(plan, dist.get_rank())
     telemetry = Telemetry(observer.measured, plan.quarantine.parent / "traces")
     with observer, closing(store):

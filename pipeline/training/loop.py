@@ -214,6 +214,8 @@ class Watch:
     def _stood_still(self, batch: Batch, step: int) -> None:
         guards, trainer = self.trainer.config.guards, self.trainer
         self.course.stood_still()
+        if trainer.rank == 0 or not trainer.sound_here:
+            log.warning("loss or gradient is not a number at step %d: nobody moves", step)
         entry = {"step": step, "rank": trainer.rank, "here": not trainer.sound_here, "keys": batch.keys()}
         path = note(self.incidents, "nonfinite", trainer.rank, entry)
         if self.course.unusable > guards.nonfinite_limit:
@@ -234,6 +236,7 @@ class Watch:
         trainer.counters = {"nonfinite": self.course.unusable, "quarantined": self.batches.quarantined}
         trainer.save(checkpoints, step)
         self.last_saved = step
+        log.info("began to write the checkpoint of step %d", step)
 
     def go_back(self, checkpoints: str | Path, step: int) -> int:
         """Restore the last checkpoint after a spike at `step`, and skip the batches since. Collective."""
@@ -249,6 +252,7 @@ class Watch:
         config = self.trainer.config
         if done % config.log_every and done != config.steps:
             return
+        log.info("%d of %d steps, loss %.4g", done, config.steps, float(losses_L.sum()))
         self.meter.report(done, {"data/quarantined": self.batches.quarantined, "data/queue": self.batches.queued})
         if self.trainer.rank != 0:
             return

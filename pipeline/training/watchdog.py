@@ -24,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.logs import complain
 from pipeline.parts import Part, part
 
 STUCK = 76  # exit code of a process that waited in vain
@@ -120,7 +121,7 @@ class Watchdog:
             stream.write(f"{line}\n\n")
             stream.flush()
             faulthandler.dump_traceback(stream)
-        print(f"error: {line}; stacks in {self._folder}/stuck-*.txt", file=sys.stderr, flush=True)
+        complain(f"error: {line}; stacks in {self._folder}/stuck-*.txt")
         time.sleep(2 * self._poll_s)  # the others read the store, which ends with rank 0
         os._exit(STUCK)
 

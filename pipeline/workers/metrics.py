@@ -1,16 +1,20 @@
 """A rank's figures as metrics of Ray's, which Prometheus scrapes from every node.
 
-Ray puts `ray_` in front of the names. Each rank exports its own; a series ends with the rank's process.
+Ray puts `ray_` in front of the names. Each rank exports its own. Ray forgets a gauge that was not set for twice its
+`metrics_report_interval_ms` (20 s); so a thread sets all of them again and again, also while a step takes long, or
+hangs in a collective: then the times that stand still are what an alert needs. They end with the rank's training.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 
 from ray.util.metrics import Counter, Gauge
 
 TAGS = ("family", "generation", "rank")
+AGAIN_S = 2.0  # between two times that all gauges are set
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ GAUGES = (
     Series("training", "bct_training", "1 while the rank trains this generation, 0 once it has ended"),
 )
 STEPS = "bct_steps_total"  # a counter, of the updates that this process has done
+TAG_OF = {one.figure: one.tag for one in GAUGES}
 ALWAYS = ("guards/unusable", "guards/spikes")  # 0 until there was one
 
 
@@ -71,7 +76,10 @@ class Exporter:
         self._gauges = {one.figure: Gauge(one.name, one.told, (*TAGS, one.tag) if one.tag else TAGS) for one in GAUGES}
         self._steps = Counter(STEPS, "updates that this process has done", TAGS)
         self._last: int | None = None
-        self.export({"training": 1.0, "steps": float(steps), "report": time.time()})
+        self._known = {"training": 1.0, "steps": float(steps), "report": time.time()} | dict.fromkeys(ALWAYS, 0.0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._again, name="metrics", daemon=True)
+        self._thread.start()
 
     def measured(self, step: int, figures: dict[str, float]) -> None:
         """A rank's own figures after `step` updates."""
@@ -82,21 +90,27 @@ class Exporter:
         figures = figures | {"step": float(step), "report": now}
         if "checkpoint/age_s" in figures:
             figures["checkpoint/age_s"] = now - figures["checkpoint/age_s"]
-        self.export(figures)
+        self._known = self._known | figures  # another one: the thread goes through the old one
 
     def reported(self, figures: dict[str, float]) -> None:
         """Rank 0's figures of the whole run."""
-        self.export(dict.fromkeys(ALWAYS, 0.0) | figures)
+        self._known = self._known | figures
 
     def close(self) -> None:
         """The training has ended: what is exported is of the past."""
-        self.export({"training": 0.0})
+        self._ended.set()
+        self._thread.join()
+        self._export({"training": 0.0})
 
-    def export(self, figures: dict[str, float]) -> None:
+    def _again(self) -> None:
+        while not self._ended.wait(AGAIN_S):
+            self._export(self._known)
+
+    def _export(self, figures: dict[str, float]) -> None:
         """Set the gauges of those figures that have one."""
         for name, value in figures.items():
             kind, slash, rest = name.partition("/")
             series = name if name in self._gauges else kind + slash
             if series in self._gauges:
-                extra = next((one.tag for one in GAUGES if one.figure == series and one.tag), None)
-                self._gauges[series].set(value, self._tags | ({extra: rest} if extra else {}))
+                tag = TAG_OF[series]
+                self._gauges[series].set(value, self._tags | ({tag: rest} if tag else {}))
