@@ -51,7 +51,7 @@ def watched(ray: PrivateRay, home: Path) -> Iterator[Prometheus]:
             lambda: (home / "err").read_text()[-2000:],
             seconds=300,
         )
-        assert driver.poll() is None, (home / "err").read_text()[-2000:]
+        assert driver.poll() is None, (home / "err").read_text()[-2000:] + (ray.folder / "log").read_text()[-2000:]
         yield server
 
 
