@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def measured(rank: int, world_size: int, folder: str) -> tuple[Told, Told]:
     trainer = Trainer("v2", TABLE, parents, *arguments)
     telemetry = Telemetry(own.report, home / "traces")
     places = home / "checkpoints", home / "v2"
-    described = record(CONFIG, "v2"), TABLE, home / "incidents"
-    train(trainer, lambda start: batches(start, 9, rank, world_size), notes, *places, *described, None, telemetry)
+    parts, described = partial(batches, global_batch=9, rank=rank, world_size=world_size), record(CONFIG, "v2")
+    train(trainer, parts, notes, *places, described, TABLE, home / "incidents", telemetry=telemetry)
     return own.seen, notes.seen
 
 

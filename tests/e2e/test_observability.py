@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.parts import PARTS
+from pipeline.tracking.store import TrackingConfig, connect, tracking_location
 from tests.e2e.cluster import PrivateRay, private_ray
 from tests.e2e.observed import OBSERVABILITY, Prometheus, prometheus, training
 from tests.e2e.servers import eventually
@@ -115,6 +118,30 @@ def test_the_trace_of_the_config_lies_beside_the_checkpoints(watched: Prometheus
     with gzip.open(path) as stream:
         names = {event["name"] for event in json.load(stream)["traceEvents"]}
     assert {"load", "gather", "classifier", "exchange", "reduce", "optimiser"} <= names
+
+
+def test_mlflow_has_the_same_figures(watched: Prometheus, home: Path) -> None:
+    assert watched.ask("ray_bct_step")
+    client = connect(tracking_location(TrackingConfig(), home)[0])
+    experiment = client.get_experiment_by_name("watched")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    eventually(lambda: "time/step" in client.get_run(run.info.run_id).data.metrics)
+    metrics = client.get_run(run.info.run_id).data.metrics
+    assert metrics.keys() >= {"mfu", "flops_per_s", "checkpoint/age_s", *(f"time/{part}" for part in PARTS)}
+
+
+def test_while_a_training_hangs_its_ages_grow(watched: Prometheus, ray: PrivateRay) -> None:
+    """Rank 1 stands still, and rank 0 waits for it in a collective."""
+    logs = (ray.folder / "t" / "session_latest" / "logs").glob("worker-*.err")
+    (process,) = (int(path.stem.rpartition("-")[2]) for path in logs if '"rank": 1,' in path.read_text())
+    os.kill(process, signal.SIGSTOP)
+    try:
+        for name in ("report", "checkpoint"):
+            query = f'time() - ray_bct_{name}_timestamp_seconds{{rank="0"}} > 15'
+            eventually(lambda: watched.ask(query), lambda: f"not {query}")  # noqa: B023
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
