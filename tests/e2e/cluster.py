@@ -131,15 +131,18 @@ def end_session(session: int) -> None:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until `ray start` has done all, and the dashboard answers, which comes first or last."""
     for _ in range(START_S * 2):
         if process.poll() is not None:
             break
         try:
             urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
+            answers = True
         except urllib.error.HTTPError:
-            return  # it asks for the token: it is up
+            answers = True  # it asks for the token: it is up
         except OSError:
-            time.sleep(0.5)
-        else:
+            answers = False
+        if answers and "Ray runtime started" in log.read_text():
             return
+        time.sleep(0.5)
     raise AssertionError(f"Ray did not start:\n{log.read_text()}")
