@@ -34,8 +34,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from pipeline.benchmarks.embed import EmbedBenchmark, measure_embed
     from pipeline.benchmarks.evaluation import EvaluationBenchmark, measure_evaluation
     from pipeline.benchmarks.loader import LoaderBenchmark, measure_loader
-    from pipeline.benchmarks.step import StepBenchmark, measure_step
     from pipeline.benchmarks.scaling import ScalingBenchmark, measure_scaling
+    from pipeline.benchmarks.step import StepBenchmark, measure_step
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import RunConfig
-from pipeline.console import console, say
+from pipeline.console import say, show
 from pipeline.data.manifest import Manifest
 from pipeline.errors import ConfigError
 from pipeline.evaluation import pictures
@@ -207,7 +207,7 @@ def evaluate_run(config: RunConfig, names: Sequence[str] | None = None, split: S
     registry = open_registry(config)
     folder = evaluation_folder(config, split)
     report = evaluate(config, registry, trained(config, registry, names), split, folder)
-    console.print(render(report))
+    show(render(report))
     for line in verdicts(report):
         say(line)
     say(f"report       {folder / REPORT}, {MARKDOWN}, *.png")

@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import logs
 from pipeline.console import say
 from pipeline.errors import ClusterError, StoppedError
 from pipeline.plan import Plan
@@ -48,7 +49,8 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(ray_address(), runtime_env={"env_vars": THREADS}, logging_level=logging.ERROR, log_to_driver=False)
+        variables = {"env_vars": THREADS | logs.environment()}
+        ray.init(ray_address(), runtime_env=variables, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # noqa: BLE001  where it cannot start, Ray raises just that
         raise ClusterError(f"Ray cannot be reached: {redacted(' '.join(str(error).split()))[:300]}") from None
     if threading.current_thread() is threading.main_thread():
@@ -181,10 +183,11 @@ def _worker(arguments: dict[str, Any]) -> bool:
     """One rank, from its process group to the sealed artefacts; False if it was asked to stop before."""
     from pipeline.workers.rank import train_rank
 
+    logs.configure()
     board, listen = arguments["board"], Ear(arguments["board"], dist.get_rank())
     device = ray.train.torch.get_device()
     for plan in (plan for plan in arguments["plans"] if not plan.sealed):
-        observer = Poster(plan, board) if dist.get_rank() == 0 else Silence()
+        observer = Poster(plan, board) if dist.get_rank() == 0 else Silence(plan, dist.get_rank())
         with observer:
             if not train_rank(plan, device, observer, listen):
                 return False

@@ -184,7 +184,8 @@ class RunConfig(Config):
         """All that shapes generation `name`, as plain JSON: two runs that agree in it train the same model."""
         generation = self.generations[name].model_dump(mode="json", exclude={"paragon_of"})
         generation["training"].pop("checkpoints")
-        generation["training"].pop("log_every")
+        for seen in ("log_every", "observe", "profile"):
+            generation["training"].pop(seen)
         guards = generation["training"].pop("guards")
         if guards["rewind"]:  # the others end a run, or let it go on, but do not change it
             generation["training"]["rewind"] = {key: guards[key] for key in ("spike_factor", "rewind_limit")}

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline import logs
 
 LOG_EVERY_S = 15.0
 
@@ -17,13 +19,22 @@ console = Console(highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print one line of progress."""
-    console.print(text, markup=False)  # an error told in it may hold brackets
+    if logs.is_json():
+        print(logs.line("INFO", logs.OURS, text), flush=True)
+    else:
+        console.print(text, markup=False)  # an error told in it may hold brackets
+
+
+def show(table: RenderableType) -> None:
+    """Print what only people read; files hold the same for machines."""
+    if not logs.is_json():
+        console.print(table)
 
 
 @contextmanager
 def bar(name: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     """Show how far something is; the yielded function takes the count done and a few words."""
-    if not console.is_terminal:
+    if logs.is_json() or not console.is_terminal:
         yield _LogLines(name, total, unit)
         return
     columns = (

@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
+from pipeline import logs
 from pipeline.errors import PipelineError, StoppedError
 from pipeline.redaction import redacted
 from pipeline.termination import on_sigterm
@@ -33,20 +33,21 @@ def exit_code(work: Callable[[], object], again: str = "run the same command aga
         raise KeyboardInterrupt  # as Ctrl-C: everything that must be closed is
 
     try:
+        logs.configure()
         with on_sigterm(terminate):
             work()
     except StoppedError as stopped:
-        print(f"stopped: {stopped}; {again}", file=sys.stderr)
+        logs.complain(f"stopped: {stopped}; {again}")
         return stopped.exit_code
     except Exception as error:
         if terminated:  # a library that is interrupted where it does not expect it may raise anything
-            print(f"terminated; {again}", file=sys.stderr)
+            logs.complain(f"terminated; {again}")
             return StoppedError.exit_code
         if not isinstance(error, PipelineError):
             raise
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        logs.complain(f"error: {redacted(str(error))}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{'terminated' if terminated else 'interrupted'}; {again}", file=sys.stderr)
+        logs.complain(f"{'terminated' if terminated else 'interrupted'}; {again}")
         return StoppedError.exit_code if terminated else INTERRUPTED
     return 0

@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import assessment, cluster
+from pipeline import assessment, cluster, logs
 from pipeline.config import RunConfig
-from pipeline.console import bar, console, say, training_words
+from pipeline.console import bar, say, show, training_words
 from pipeline.data.manifest import FILE_NAME, Manifest
 from pipeline.data.packing import pack
 from pipeline.data.store import open_store
@@ -44,6 +44,7 @@ def run(config: RunConfig, fresh: bool = False, train: Train = cluster.train_gen
             stays.
         train: on Ray's workers, or whatever else there is.
     """
+    logs.take_place(config.name)
     registry = open_registry(config)
     if fresh:
         registry.forget()
@@ -156,7 +157,7 @@ def _fits_its_parents(name: str, generation: Generation, report: dict[str, Any])
 def tell(config: RunConfig, report: dict[str, Any], registry: Registry) -> None:
     """Print the verdict, and where to look further."""
     if report["matrix"]:
-        console.print(render(report))
+        show(render(report))
     for line in verdicts(report):
         say(line)
     say(f"report       {config.folder / assessment.REPORT}, {assessment.MARKDOWN}")

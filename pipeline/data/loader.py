@@ -6,7 +6,7 @@ batch is a pure function of (data set, seed, step), and a rank's part of it does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -55,17 +55,14 @@ class Batch:
 def _decoded(
     reader: ShardReader,
     decoder: Decoder,
-    read: Callable[[int], Work],
-    numbers: Iterable[int],
-    patience_s: float | None = None,
+    ahead: ReadAhead,
 ) -> Iterator[tuple[Work, Tensor]]:
-    """Read and decode batches, and close the reader at the end.
+    """Decode batches that are read ahead, and close the reader at the end.
 
     Raises:
-        DataError: a shard cannot be read, or not within `patience_s`.
+        DataError: a shard cannot be read, or not in time.
         UndecodableError: a sample does not decode.
     """
-    ahead = ReadAhead(read, numbers, patience_s, lambda: reader.at)
     try:
         yield from decoder.run(ahead)
     except NotDecodedError as failure:
@@ -141,6 +138,7 @@ class TrainingLoader:
         self._decoder = Decoder(preprocess, augment, seed, rank_batch, threads, self._device)
         self._step, self._quarantine, self._patience_s = start_step, quarantine, patience_s
         self._iterating = False
+        self._ahead: ReadAhead | None = None
         self.samples = self._order.samples
         self._made_of: dict[str, int | str] = {
             "manifest": digest,
@@ -160,6 +158,11 @@ class TrainingLoader:
         """Samples that are known not to decode, as far as this rank knows."""
         return 0 if self._quarantine is None else len(self._quarantine)
 
+    @property
+    def queued(self) -> int:
+        """Batches that are read and wait to be decoded: where there are none, the decoder waits for the shards."""
+        return 0 if self._ahead is None else self._ahead.queued
+
     def load_state(self, stored: Mapping[str, object]) -> None:
         """Go on from where a loader of the same batches stood.
 
@@ -176,8 +179,9 @@ class TrainingLoader:
         try:
             while True:
                 try:
-                    reading = self._reader, self._decoder, self._read, count(self._step), self._patience_s
-                    for work, images_BCHW in _decoded(*reading):
+                    numbers = count(self._step)
+                    self._ahead = ReadAhead(self._read, numbers, self._patience_s, lambda: self._reader.at)
+                    for work, images_BCHW in _decoded(self._reader, self._decoder, self._ahead):
                         self._step = work.step + 1
                         labels_B = torch.from_numpy(work.labels_B).to(self._device)
                         keys = partial(self._keys, work.shards_B, work.places_B)
@@ -319,4 +323,4 @@ def _decoded_once(
         return reader.read(number, shards, indices - starts[shards])
 
     decoder = Decoder(preprocess, AugmentConfig(), 0, batch_size, threads, torch.device(device))
-    yield from _decoded(reader, decoder, read, range(-(-total // batch_size)))
+    yield from _decoded(reader, decoder, ReadAhead(read, range(-(-total // batch_size)), None, lambda: reader.at))

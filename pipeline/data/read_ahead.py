@@ -35,6 +35,11 @@ class ReadAhead:
         self._thread = threading.Thread(target=self._work, name="shard-reader", daemon=True)
         self._thread.start()
 
+    @property
+    def queued(self) -> int:
+        """Batches that are read and not asked for yet."""
+        return self._done.qsize()
+
     def __iter__(self) -> Iterator[Work]:
         """The batches.
 

@@ -26,6 +26,7 @@ from pipeline.model.rows import initial_rows, row_range
 from pipeline.model.sampling import most_sampled, sampled
 from pipeline.model.sharded_losses import ShardedLosses
 from pipeline.model.terms import BatchLoss
+from pipeline.parts import part
 from pipeline.schema import Config
 
 
@@ -203,7 +204,13 @@ class ShardedClassifier:
         """Hand the gradient that backward kept back to `update`, tile by tile; the prototypes must not have moved."""
         assert self._kept_back is not None, "no backward yet"
         (second_pass, columns), self._kept_back = self._kept_back, None
-        second_pass(lambda first, gradient_TD: update(span(columns, first, len(gradient_TD)), gradient_TD))
+
+        def spent(first: int, gradient_TD: Tensor) -> None:
+            with part("optimiser"):
+                update(span(columns, first, len(gradient_TD)), gradient_TD)
+
+        with part("classifier"):
+            second_pass(spent)
 
     def forget(self) -> None:
         """Give up an update: nothing of its batches is left."""

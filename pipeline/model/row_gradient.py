@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.model.implementations import Sink
+from pipeline.parts import part
 
 Columns = slice | Tensor  # prototypes of a rank: a span of them, or (K,) int64 places, ascending
 
@@ -47,7 +48,8 @@ class RowGradient:
         """(K, D) over all replicas of these rows. Collective; once an update."""
         assert self.values_KD is not None, "no backward yet"
         if replicas is not None:
-            dist.all_reduce(self.values_KD, group=replicas)
+            with part("reduce"):
+                dist.all_reduce(self.values_KD, group=replicas)
         return self.values_KD
 
     def clear(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.model import collectives
 from pipeline.model.mesh import ClassMesh
 from pipeline.model.terms import BatchTerm, Gathered, IdentityTerm, LocalTerm, Term, term_of
+from pipeline.parts import part
 
 if TYPE_CHECKING:
     from pipeline.model.classifier import ShardedClassifier, Window
@@ -36,13 +37,18 @@ class ShardedLosses(torch.autograd.Function):
     ) -> Tensor:
         """Global means of all losses."""
         mesh = classifier.mesh
-        batch = gathered(features_bD, locals_bK, guides_bE, labels_b, longest, mesh)
+        with part("gather"):
+            batch = gathered(features_bD, locals_bK, guides_bE, labels_b, longest, mesh)
         classifier.followers.see(batch.labels_B, batch.guides_BE, longest)
         selection = window.selection if window else classifier.selection(batch.labels_B, longest, step)
-        terms: list[Term] = [term_of(head, batch, classifier.implementation) for head in selection.heads]
-        terms += [BatchTerm(loss, batch) for loss in classifier.batch_losses]
-        terms += [LocalTerm(number, batch) for number in range(len(classifier.local_losses))]
-        joined_WKBS = collectives.exchange(torch.cat([term.statistics() for term in terms]), mesh.shard_group)
+        terms: list[Term] = [term_of(selection.heads[0], batch, classifier.implementation)]
+        with part("parents"):
+            terms += [term_of(head, batch, classifier.implementation) for head in selection.heads[1:]]
+            terms += [BatchTerm(loss, batch) for loss in classifier.batch_losses]
+            terms += [LocalTerm(number, batch) for number in range(len(classifier.local_losses))]
+        own_KBS = torch.cat([term.statistics() for term in terms])
+        with part("exchange"):
+            joined_WKBS = collectives.exchange(own_KBS, mesh.shard_group)
         parts = joined_WKBS.split([term.channels for term in terms], dim=1)
         told = [term.losses(part_WKBS) for term, part_WKBS in zip(terms, parts, strict=True)]
         loss_LB, counted_LB = (torch.stack(column) for column in zip(*told, strict=True))
@@ -60,10 +66,12 @@ class ShardedLosses(torch.autograd.Function):
         classifier, terms, batch = ctx.classifier, ctx.terms, ctx.batch
         weight_LB = ctx.weight_LB * loss_gradients_L[0][:, None]
         total_BD = torch.zeros_like(batch.features_BD)
-        for term, weight_B in zip(terms, weight_LB, strict=True):
-            gradient_BD = term.feature_gradient(weight_B)
-            total_BD[:, : gradient_BD.shape[1]] += gradient_BD
-        scattered = collectives.ReduceScatter(total_BD, classifier.mesh.shard_group)  # on its way during what follows
+        for number, (term, weight_B) in enumerate(zip(terms, weight_LB, strict=True)):
+            with part("parents" if number else "classifier"):
+                gradient_BD = term.feature_gradient(weight_B)
+                total_BD[:, : gradient_BD.shape[1]] += gradient_BD
+        with part("reduce"):
+            scattered = collectives.ReduceScatter(total_BD, classifier.mesh.shard_group)  # on its way from here
         new = terms[0]
         assert isinstance(new, IdentityTerm)
         second_pass = classifier.implementation.weight_gradient
@@ -71,7 +79,9 @@ class ShardedLosses(torch.autograd.Function):
         classifier.take(second_pass, ctx.columns, new.batch.head.weight_CD)
         own = batch.own
         locals_bK = weight_LB[len(terms) - len(classifier.local_losses) :, own].T
-        return scattered.wait()[: own.stop - own.start], locals_bK, None, None, None, None, None, None
+        with part("reduce"):
+            own_bD = scattered.wait()[: own.stop - own.start]
+        return own_bD, locals_bK, None, None, None, None, None, None
 
 
 def gathered(

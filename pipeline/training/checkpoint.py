@@ -6,10 +6,11 @@ checkpoint begins to exist when all ranks have written (see `checkpoint_place`).
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -45,11 +46,13 @@ class Checkpoints:
 
     Attributes:
         origin: written into each, for people.
+        taken_at: `time.monotonic` of when the state of the newest whole one was taken; None: this process has none yet.
     """
 
     def __init__(self, config: CheckpointConfig, config_digest: str) -> None:
         self.config, self.config_digest = config, config_digest
         self.origin = Origin()
+        self.taken_at: float | None = None
         self._staging = Staging()
         self._pending: _Pending | None = None
         self._has_waited = False
@@ -102,17 +105,24 @@ class Checkpoints:
             place.commit(record)
             self._tidy(place, step)
 
-        counted = dict(counters)
+        counted, now = dict(counters), time.monotonic()
         writer = Writer(place, place.path(step, folder), commit)
         if self.config.asynchronous:
             staged = cast(Any, self._staging)
             written = async_save(state, storage_writer=writer, process_group=self._group, async_stager=staged)
             self._pending = _Pending(step, cast("Future[Any]", written))
+            self._pending.written.add_done_callback(partial(self._is_written, now))
             return
         try:
             save_sharded(state, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
             raise self._unwritten(step, error) from error
+        self.taken_at = now
+
+    def _is_written(self, taken_at: float, written: Future[Any]) -> None:
+        """In the thread that writes."""
+        if not written.cancelled() and written.exception() is None:
+            self.taken_at = taken_at
 
     def join(self) -> None:
         """Wait for the checkpoint in flight, if there is one. Collective.

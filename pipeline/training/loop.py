@@ -17,6 +17,7 @@ from pipeline.generation import GenerationRecord, seal, write_classifier_part
 from pipeline.identities import IdentityTable
 from pipeline.training.checkpoint_place import Origin
 from pipeline.training.guards import check_space, goes_on_from, memory_advice, note
+from pipeline.training.meter import Meter, Telemetry
 from pipeline.training.spikes import Course
 from pipeline.training.stopping import Listen, Wish, agree
 from pipeline.training.trainer import Trainer
@@ -62,6 +63,7 @@ def train(
     identities: IdentityTable,
     incidents: Path,
     listen: Listen | None = None,
+    telemetry: Telemetry | None = None,
 ) -> bool:
     """Train to the last step and seal the generation at `destination`, unless asked to stop before.
 
@@ -75,6 +77,7 @@ def train(
         identities: the run's table.
         incidents: folder where each rank writes down what went wrong.
         listen: what this rank has been asked; None on all ranks: nobody asks.
+        telemetry: told how fast this rank is, on every rank; None: nobody asks.
 
     Returns:
         Whether the generation is sealed; if not, the newest checkpoint is of the last step that was done.
@@ -86,12 +89,14 @@ def train(
     origin = Origin(parents=record.parents, data_digest=record.data_digest, code_version=record.code_version)
     trainer.checkpoints.origin = origin
     with Watchdog(pulse, config.guards.collective_timeout_s, incidents), memory_advice(trainer):
-        watch = Watch(trainer, observer, incidents)
-        batches = Batches(open_loader)
+        meter, batches = Meter(trainer, telemetry), Batches(open_loader)
+        watch = Watch(trainer, observer, incidents, meter, batches)
         with pulse("restore"):
             step = watch.last_saved = watch.last_step = trainer.restore(checkpoints)
-        with trainer.checkpoints:
+        with trainer.checkpoints, meter:
+            meter.forget()
             while step < config.steps:
+                meter.begin(step)
                 with pulse("load", step):
                     batch = batches.at(step + watch.course.skipped)
                 losses_L, norms = trainer.step(batch.images_BCHW, batch.labels_B, step)
@@ -105,7 +110,7 @@ def train(
                 due = config.checkpoints.due(step, config.steps)
                 if due or wish is Wish.NOW:
                     with pulse("save"):
-                        watch.save(checkpoints, step, batches.quarantined)
+                        watch.save(checkpoints, step)
                 if wish is Wish.NOW or (wish is Wish.AT_CHECKPOINT and due and step < config.steps):
                     return False
         with pulse("export", step):
@@ -127,6 +132,11 @@ class Batches:
     def quarantined(self) -> int:
         """Samples that this rank found not to decode."""
         return int(getattr(self._loader, "quarantined", 0))
+
+    @property
+    def queued(self) -> int:
+        """Batches that are read and wait to be decoded."""
+        return int(getattr(self._loader, "queued", 0))
 
     def at(self, number: int) -> Batch:
         """The batch of a number; unless it is the next one, the loader is opened anew."""
@@ -172,8 +182,9 @@ class Watch:
         last_step: updates that the observer knows of.
     """
 
-    def __init__(self, trainer: Trainer, observer: Observer, incidents: Path) -> None:
+    def __init__(self, trainer: Trainer, observer: Observer, incidents: Path, meter: Meter, batches: Batches) -> None:
         self.trainer, self.observer, self.incidents = trainer, observer, incidents
+        self.meter, self.batches = meter, batches
         self.course = Course()
         trainer.kept.update(self.course.kept)
         self.last_saved = self.last_step = 0
@@ -203,6 +214,8 @@ class Watch:
     def _stood_still(self, batch: Batch, step: int) -> None:
         guards, trainer = self.trainer.config.guards, self.trainer
         self.course.stood_still()
+        if trainer.rank == 0 or not trainer.sound_here:
+            log.warning("loss or gradient is not a number at step %d: nobody moves", step)
         entry = {"step": step, "rank": trainer.rank, "here": not trainer.sound_here, "keys": batch.keys()}
         path = note(self.incidents, "nonfinite", trainer.rank, entry)
         if self.course.unusable > guards.nonfinite_limit:
@@ -212,7 +225,7 @@ class Watch:
                 f"lower training.optimiser.learning_rate; {goes_on_from(self.last_saved or None)}"
             )
 
-    def save(self, checkpoints: str | Path, step: int, quarantined: int) -> None:
+    def save(self, checkpoints: str | Path, step: int) -> None:
         """Begin to write a checkpoint after `step` updates. Collective.
 
         Raises:
@@ -220,9 +233,10 @@ class Watch:
         """
         trainer = self.trainer
         check_space(checkpoints, trainer.state_bytes(), trainer.device, step, self.last_saved or None)
-        trainer.counters = {"nonfinite": self.course.unusable, "quarantined": quarantined}
+        trainer.counters = {"nonfinite": self.course.unusable, "quarantined": self.batches.quarantined}
         trainer.save(checkpoints, step)
         self.last_saved = step
+        log.info("began to write the checkpoint of step %d", step)
 
     def go_back(self, checkpoints: str | Path, step: int) -> int:
         """Restore the last checkpoint after a spike at `step`, and skip the batches since. Collective."""
@@ -230,12 +244,17 @@ class Watch:
         done = self.trainer.restore(checkpoints)
         self.course.goes_back(step + 1 - done, before)
         self.last_step, self.last_time = done, time.monotonic()
+        self.meter.forget()
         return done
 
     def report(self, done: int, losses_L: Tensor, norms: dict[str, float]) -> None:
-        """Tell the observer, every `log_every` steps and at the end."""
+        """Every `log_every` steps and at the end, each rank tells of itself, and rank 0 the observer."""
         config = self.trainer.config
-        if self.trainer.rank != 0 or (done % config.log_every and done != config.steps):
+        if done % config.log_every and done != config.steps:
+            return
+        log.info("%d of %d steps, loss %.4g", done, config.steps, float(losses_L.sum()))
+        self.meter.report(done, {"data/quarantined": self.batches.quarantined, "data/queue": self.batches.queued})
+        if self.trainer.rank != 0:
             return
         now = time.monotonic()
         samples = (done - self.last_step) * config.global_batch

@@ -20,14 +20,17 @@ from pipeline.model.backbones import BackboneConfig, build_backbone
 from pipeline.model.classifier import ClassifierConfig, ShardedClassifier, Window
 from pipeline.model.margins import MarginConfig
 from pipeline.model.mesh import ClassMesh
+from pipeline.parts import part
 from pipeline.schema import Config
 from pipeline.training.checkpoint import Checkpoints
 from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.checkpoint_state import State, rows_state
 from pipeline.training.engine import BackboneEngine, EngineConfig
 from pipeline.training.guards import GuardConfig, all_finite
+from pipeline.training.meter import ObserveConfig
 from pipeline.training.micro_batches import first_sample, micro_parts
 from pipeline.training.optimiser import OptimiserConfig, learning_rate
+from pipeline.training.profiling import ProfileConfig
 from pipeline.training.row_optimiser import RowOptimiser, clip_rows_
 from pipeline.training.setting import stream, updates_tile_by_tile
 from pipeline.training.watchdog import Pulse
@@ -44,6 +47,8 @@ class TrainingConfig(Config):
     checkpoints: CheckpointConfig = CheckpointConfig()
     log_every: int = Field(10, ge=1, description="steps between logged losses")
     guards: GuardConfig = GuardConfig()
+    observe: ObserveConfig = ObserveConfig()
+    profile: ProfileConfig | None = Field(None, description="steps that a trace is written of; none: no trace")
 
 
 class Trainer:
@@ -86,6 +91,7 @@ class Trainer:
     ) -> None:
         self.compat = compat
         self.config, self.config_digest, self.seed, self.device = training, config_digest, seed, device
+        self.backbone = backbone
         self.checkpoints, self.counters = Checkpoints(training.checkpoints, config_digest), dict[str, int]()
         self.rank = dist.get_rank()
         self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
@@ -152,7 +158,8 @@ class Trainer:
         """
         window = None
         if self.config.accumulation > 1:
-            window = self.classifier.window(labels_b, [sum(parts) for parts in zip(*self.parts, strict=True)], step)
+            with part("gather"):
+                window = self.classifier.window(labels_b, [sum(parts) for parts in zip(*self.parts, strict=True)], step)
         rate = learning_rate(self.config.optimiser, step, self.config.steps)
         weight_L = torch.full((len(self.loss_names),), self.compat.weight_at(step, self.config.steps))
         weight_L[0] = 1.0
@@ -192,12 +199,13 @@ class Trainer:
             learned = [output for output in (features_bD, locals_bK) if output.requires_grad]
             gradients = torch.autograd.grad((losses_L * weight_L).sum(), learned)
             loss = torch.stack([(a * b).sum() for a, b in zip(learned, gradients, strict=True)]).sum()
-            self.sound_here, sound = all_finite([losses_L.detach(), *gradients])
+            with part("other"):
+                self.sound_here, sound = all_finite([losses_L.detach(), *gradients])
         return losses_L.detach(), loss, sound
 
     def _guide(self, images_bCHW: Tensor) -> Tensor:
         """(b, E) the parents' features of a batch, side by side; (b, 0) where nothing asks for them."""
-        with torch.no_grad():
+        with torch.no_grad(), part("parents"):
             features = [guide(images_bCHW).float() for guide in self.guides]
         return torch.cat(features, dim=1) if features else images_bCHW.new_zeros(len(images_bCHW), 0)
 
@@ -216,7 +224,8 @@ class Trainer:
                 norms["grad_norm/classifier"] = clip_rows_(gradient_KD, largest, self.mesh.shard_group)
             self.row_optimiser.step(self.classifier.gradient.columns, gradient_KD, rate)
             self.classifier.gradient.clear()
-        self.classifier.followers.move()
+        with part("parents"):
+            self.classifier.followers.move()
         return norms
 
     def save(self, where: str | Path, step: int) -> None:

@@ -24,10 +24,21 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pipeline.logs import complain
+from pipeline.parts import Part, part
+
 STUCK = 76  # exit code of a process that waited in vain
 POLLS = 20  # looks within the bound
 LONGEST_POLL_S = 5.0
 STORE_PATIENCE = timedelta(seconds=10)
+PART_OF: dict[str, Part] = {  # of a phase, where nothing in it says otherwise; the rest is "other"
+    "load": "load",
+    "forward": "backbone",
+    "losses": "classifier",
+    "backward": "backbone",
+    "update": "optimiser",
+    "save": "save",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,8 @@ class Pulse:
         """Be in a phase, of the same step as before or of another."""
         self.step = self.step if step is None else step
         self.phase, self.since, self.count = phase, time.monotonic(), self.count + 1
-        yield
+        with part(PART_OF.get(phase, "other")):
+            yield
 
 
 class Watchdog:
@@ -109,7 +121,7 @@ class Watchdog:
             stream.write(f"{line}\n\n")
             stream.flush()
             faulthandler.dump_traceback(stream)
-        print(f"error: {line}; stacks in {self._folder}/stuck-*.txt", file=sys.stderr, flush=True)
+        complain(f"error: {line}; stacks in {self._folder}/stuck-*.txt")
         time.sleep(2 * self._poll_s)  # the others read the store, which ends with rank 0
         os._exit(STUCK)
 

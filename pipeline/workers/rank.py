@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from pipeline import logs
 from pipeline.compat.views import ImagesOf
 from pipeline.data.loader import TrainingLoader, iterate_identities
 from pipeline.data.manifest import Manifest
@@ -18,6 +20,7 @@ from pipeline.generation import Generation
 from pipeline.identities import IdentityTable
 from pipeline.plan import Plan
 from pipeline.training.loop import Observer, train
+from pipeline.training.meter import Telemetry
 from pipeline.training.micro_batches import accumulation_on
 from pipeline.training.stopping import Listen
 from pipeline.training.trainer import Trainer
@@ -25,7 +28,14 @@ from pipeline.training.trainer import Trainer
 MEANS_BATCH = 256  # images at a time, where a method asks for class means
 
 
-def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Listen) -> bool:
+class RankObserver(Observer, Protocol):
+    """Sees how a run goes, and how fast its own rank is."""
+
+    def measured(self, step: int, figures: dict[str, float]) -> None:
+        """Take this rank's own figures after `step` updates (see `Meter.report`)."""
+
+
+def train_rank(plan: Plan, device: torch.device, observer: RankObserver, listen: Listen) -> bool:
     """Carry out a plan together with the other ranks of the process group. Collective.
 
     Args:
@@ -71,9 +81,12 @@ def train_rank(plan: Plan, device: torch.device, observer: Observer, listen: Lis
             patience_s=generation.training.guards.loader_timeout_s,
         )
 
+    logs.take_place(config.name, plan.record.name, dist.get_rank(), lambda: trainer.pulse.step)
+    telemetry = Telemetry(observer.measured, plan.quarantine.parent / "traces")
     with closing(store):
         places = (plan.checkpoints, plan.destination)
-        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, listen)
+        told = (listen, telemetry)
+        return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, *told)
 
 
 def make_trainer(

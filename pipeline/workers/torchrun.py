@@ -22,8 +22,7 @@ from pipeline.tracking.tracker import MlflowTracker
 from pipeline.training.stopping import Wish
 from pipeline.workers.config import ClusterConfig
 from pipeline.workers.foreman import Progress
-from pipeline.workers.observers import Silence
-from pipeline.workers.rank import train_rank
+from pipeline.workers.rank import RankObserver, train_rank
 
 PATIENCE = timedelta(days=7)  # of the other ranks, while rank 0 packs, registers, evaluates
 
@@ -104,7 +103,8 @@ class Crew:
         self._agreed(list(plans))
         for plan in plans:
             on_progress(plan.record.name, 0, {})
-            with Teller(plan, on_progress) as teller:
+            teller = Teller(plan, on_progress)
+            with teller.tracker:
                 self._train(plan, teller)
 
     def follow(self) -> None:
@@ -115,9 +115,9 @@ class Crew:
         """
         while (plans := self._agreed(None)) is not None:
             for plan in plans:
-                self._train(plan, Silence())
+                self._train(plan, Quiet())
 
-    def _train(self, plan: Plan, observer: Silence) -> None:
+    def _train(self, plan: Plan, observer: RankObserver) -> None:
         self.training = True
         if not train_rank(plan, self.device, observer, self._listen):
             raise StoppedError(f"{plan.record.name}: told to end (SIGTERM); its last step is in a checkpoint")
@@ -133,17 +133,28 @@ class Crew:
         return told[0]
 
 
-class Teller(Silence):
-    """Rank 0's observer: shows the progress, and writes to the tracking server's journal."""
+class Quiet:
+    """The observer of all ranks but 0."""
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing: rank 0 tells."""
+
+    def measured(self, step: int, figures: dict[str, float]) -> None:
+        """Nothing: there is no Ray that would export it."""
+
+
+class Teller:
+    """Rank 0's observer: shows the progress, and has all figures recorded."""
 
     def __init__(self, plan: Plan, on_progress: Progress) -> None:
         self.name, self.on_progress = plan.record.name, on_progress
         self.tracker = MlflowTracker(plan.tracking_uri, plan.run_id, plan.journal)
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Hand over the figures."""
+        """Hand over the figures of the run."""
         self.on_progress(self.name, step, metrics)
         self.tracker.log(step, metrics)
 
-    def __exit__(self, *_: object) -> None:
-        self.tracker.close()
+    def measured(self, step: int, figures: dict[str, float]) -> None:
+        """Hand over those of this rank."""
+        self.tracker.log(step, figures)

@@ -31,6 +31,12 @@ class PrivateRay:
     dashboard: str
     environment: dict[str, str]
     session: int
+    folder: Path
+
+    @property
+    def targets(self) -> Path:
+        """Where Ray writes whom Prometheus may ask."""
+        return self.folder / "t" / "prom_metrics_service_discovery.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
-    """Start a head node; `home` is the BCT_HOME of everything that it runs."""
+def private_ray(home: Path, cpus: int = 2, **variables: str) -> Iterator[PrivateRay]:
+    """Start a head node; `home` is the BCT_HOME of everything that it runs, `variables` are set for it."""
     gcs, dashboard, client, *agents = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray puts sockets in it
     environment = {
@@ -66,6 +72,7 @@ def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "PATH": f"{BIN}:{os.environ['PATH']}",
+        **variables,
     }
     environment.pop("RAY_ADDRESS", None)
     (folder / "token").write_text("0123456789abcdef" * 4)
@@ -77,7 +84,7 @@ def private_ray(home: Path, cpus: int = 2) -> Iterator[PrivateRay]:
     url = f"http://127.0.0.1:{dashboard}"
     try:
         _wait(url, process, folder / "log")
-        yield PrivateRay(f"127.0.0.1:{gcs}", url, environment, process.pid)
+        yield PrivateRay(f"127.0.0.1:{gcs}", url, environment, process.pid, folder)
     finally:
         end_session(process.pid)
         process.wait()
@@ -124,15 +131,18 @@ def end_session(session: int) -> None:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until `ray start` has done all, and the dashboard answers, which comes first or last."""
     for _ in range(START_S * 2):
         if process.poll() is not None:
             break
         try:
             urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
+            answers = True
         except urllib.error.HTTPError:
-            return  # it asks for the token: it is up
+            answers = True  # it asks for the token: it is up
         except OSError:
-            time.sleep(0.5)
-        else:
+            answers = False
+        if answers and "Ray runtime started" in log.read_text():
             return
+        time.sleep(0.5)
     raise AssertionError(f"Ray did not start:\n{log.read_text()}")
