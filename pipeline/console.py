@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.progress import Lines, asked
+
 LOG_EVERY_S = 15.0
 
 # soft_wrap: a log keeps its lines whole, however narrow rich thinks it is
@@ -20,9 +22,15 @@ def say(text: str) -> None:
     console.print(text, markup=False)  # an error told in it may hold brackets
 
 
+Show = Callable[[int, str], None]  # takes the count done and a few words
+
+
 @contextmanager
-def bar(name: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Show how far something is; the yielded function takes the count done and a few words."""
+def bar(name: str, total: int, unit: str) -> Iterator[Show]:
+    """Show how far something is; to whoever has submitted this job, if they asked for that."""
+    if asked():
+        yield Lines(name, total, unit)
+        return
     if not console.is_terminal:
         yield _LogLines(name, total, unit)
         return
