@@ -16,7 +16,7 @@ def speak_on_rays_network() -> None:
     stands for, which on many machines is 127.0.0.1; other nodes' workers then wait there for themselves. What the
     environment says stays: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME.
     """
-    address = ray.util.get_node_ip_address()
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if (name := interface_of(address)) is None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +148,14 @@ def test_a_rank_that_hangs_is_named_by_all_and_ends_them(tmp_path: Path, place: 
 
 
 def stopped(rank: int, world_size: int, folder: str, config: TrainingConfig, port: int) -> None:
-    """Rank 0, which holds the store, is stopped: it takes what is sent to it, and answers nothing."""
+    """As `run`, with a store that rank 0 holds, which is stopped in its step 3."""
     dist.destroy_process_group()
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    if rank == 0:
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGSTOP)).start()
-    run(rank, world_size, folder, config)
+    run(rank, world_size, folder, config, [Fault("stop", "before load", rank=0, step=3)])
 
 
 def test_a_rank_ends_though_the_one_with_the_store_does_not_answer(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"steps": 10**6, "guards": GuardConfig(collective_timeout_s=3.0)})
+    config = CONFIG.model_copy(update={"guards": GuardConfig(collective_timeout_s=3.0)})
     (port,) = free_ports(1)
     with mortal_ranks(2, stopped, str(tmp_path), config, port) as processes:
         processes[1].join(TIMEOUT_S)

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+GATEWAY = "10.77.0.254"
+RESOLVERS = Path("/etc/netns")  # of each namespace, in place of /etc/resolv.conf
 PREFIX = "bct"  # of the namespaces' names, before the process id of the test
 
 
@@ -50,7 +53,10 @@ def network(hosts: int) -> Iterator[list[Host]]:
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "dev", "lo", "up")
         _ip("-n", switch, "link", "add", "name", "bridge", "type", "bridge")
+        _ip("-n", switch, "addr", "add", f"{GATEWAY}/24", "dev", "bridge")
         _ip("-n", switch, "link", "set", "dev", "bridge", "up")
+        # It says of all that lies beyond that it cannot be reached: nobody waits for an answer from the internet.
+        _ip("netns", "exec", switch, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
         found = [Host(f"10.77.0.{number}", end, switch) for number, end in enumerate(ends, 1)]
         for host in found:
             _plug_in(host)
@@ -78,8 +84,10 @@ def _plug_in(host: Host) -> None:
     _ip("-n", host.switch, "link", "set", "dev", name, "master", "bridge", "up")
     _ip("-n", name, "addr", "add", f"{host.address}/24", "dev", "eth0")
     _ip("-n", name, "link", "set", "dev", "eth0", "up")
-    # To nowhere; Ray finds a machine's address by the way that it would take to the internet.
-    _ip("-n", name, "route", "add", "default", "via", "10.77.0.254")
+    # Ray finds a machine's address by the way that it would take to the internet.
+    _ip("-n", name, "route", "add", "default", "via", GATEWAY)
+    (RESOLVERS / name).mkdir(parents=True)
+    (RESOLVERS / name / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody there: refused, at once
 
 
 def _remove_orphans() -> None:
@@ -87,7 +95,7 @@ def _remove_orphans() -> None:
     for line in subprocess.check_output(["ip", "netns", "list"], text=True).splitlines():
         name = line.split()[0]
         pid, _, number = name.removeprefix(PREFIX).partition("-")
-        if name.startswith(PREFIX) and pid.isdigit() and number.isdigit() and not os.path.exists(f"/proc/{pid}"):  # noqa: PTH110
+        if name.startswith(PREFIX) and pid.isdigit() and number.isdigit() and not Path(f"/proc/{pid}").exists():
             _remove(name)
 
 
@@ -98,6 +106,7 @@ def _remove(namespace: str) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
+    shutil.rmtree(RESOLVERS / namespace, ignore_errors=True)
 
 
 def _ip(*words: str) -> None:

@@ -20,6 +20,7 @@ import yaml
 from pipeline.progress import PREFIX
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
 from tests.e2e.training import CONFIG, EVERY, STEPS, Training, write_images
+from tests.e2e.walkthrough import differing, steps_in
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
@@ -211,3 +212,21 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(laptop: Laptop) -> Non
     assert again.stdout.splitlines()[-1] == "mine-2: succeeded, exit code 0"
     assert training.run().info.status == "FINISHED"
     assert set(training.losses()) == set(range(2, STEPS + 1, 2)), "each step once, by two attempts"
+
+
+def test_the_documents_commands_print_what_stands_there(laptop: Laptop) -> None:
+    environment = {**laptop.environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    for step in steps_in(ROOT / "docs" / "jobs.md"):
+        command = step.command.replace("mine", "walk").replace("walk.yaml", "mine.yaml name=walk")
+        done = subprocess.run(
+            ["bash", "-c", command],
+            check=False,
+            cwd=laptop.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        printed = done.stdout.replace("walk", "mine").splitlines()
+        assert differing(step, printed) is None, f"{step.command}\n{done.stdout}"
