@@ -29,6 +29,7 @@ from pipeline.workers.board import Board, Ear, heed_sigterm
 from pipeline.workers.config import THREADS
 from pipeline.workers.failures import in_short, users_mistake, waited_in_vain
 from pipeline.workers.foreman import Foreman, Progress
+from pipeline.workers.interface import speak_on_rays_network
 from pipeline.workers.observers import Poster, Silence
 
 PROBE_S = 5.0
@@ -166,7 +167,14 @@ def _trainer(plans: Sequence[Plan], board: Any, workers: int) -> TorchTrainer:
 
 
 class _HeedingBackend(_TorchBackend):
-    """Ray Train's, whose workers heed SIGTERM: a handler can only be set from the main thread, where this runs."""
+    """Ray Train's, whose workers find each other, and heed SIGTERM.
+
+    A handler can only be set from the main thread, where this runs.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(speak_on_rays_network)
+        super().on_start(worker_group, backend_config)
 
     def on_training_start(self, worker_group: Any, backend_config: Any) -> None:
         super().on_training_start(worker_group, backend_config)

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline import logs
+from pipeline.progress import Lines, asked
 
 LOG_EVERY_S = 15.0
 
@@ -31,9 +32,15 @@ def show(table: RenderableType) -> None:
         console.print(table)
 
 
+Show = Callable[[int, str], None]  # takes the count done and a few words
+
+
 @contextmanager
-def bar(name: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Show how far something is; the yielded function takes the count done and a few words."""
+def bar(name: str, total: int, unit: str) -> Iterator[Show]:
+    """Show how far something is; to whoever has submitted this job, if they asked for that."""
+    if asked():
+        yield Lines(name, total, unit)
+        return
     if logs.is_json() or not console.is_terminal:
         yield _LogLines(name, total, unit)
         return

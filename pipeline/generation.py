@@ -19,6 +19,7 @@ whole or not at all.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -227,7 +228,8 @@ def seal(
 ) -> Generation:
     """Complete `folder`, which holds every classifier part, and rename it into place.
 
-    The self-test is made by a backbone loaded from what was just written, so that it also proves the file.
+    The self-test is made by a backbone loaded from what was just written, so that it also proves the file. Where the
+    generation is there already, it is left as it is.
     """
     assert record.backbone is not None, "what is trained has a backbone"
     _save(backbone_state, folder / BACKBONE)
@@ -240,7 +242,16 @@ def seal(
     with torch.no_grad():
         features_ND = backbone.eval()(selftest_images)
     save_file({"images": selftest_images.contiguous(), "features": features_ND.contiguous()}, folder / SELFTEST)
-    return complete(folder, destination, record.model_copy(update={"maps": tuple(one.config for one in maps)}))
+    try:
+        return complete(folder, destination, record.model_copy(update={"maps": tuple(one.config for one in maps)}))
+    except OSError:
+        if not (destination / RECORD).is_file():
+            raise
+        # A group of ranks that was believed lost has sealed it meanwhile: the same training, by its digest.
+        shutil.rmtree(folder, ignore_errors=True)
+        found = Generation(destination)
+        assert found.record.config_digest == record.config_digest, "of another training"
+        return found
 
 
 def complete(folder: Path, destination: Path, record: GenerationRecord) -> Generation:

@@ -33,12 +33,14 @@ PLANNED, HAPPENED = "BCT_FAULTS", "BCT_FAULTS_HAPPENED"
 ROOT = Path(__file__).parents[1]
 EXIT_CODE = 13
 DAY_S = 86400.0
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 Kind = Literal[
     "exception",
     "exit",  # os._exit: no handler runs, no buffer is flushed
     "kill",  # SIGKILL
     "terminate",  # SIGTERM
+    "stop",  # SIGSTOP: it takes what is sent to it, and answers nothing
     "hang",
     "clock",  # goes back by a day
     "nan",  # in the images before `forward`; in the features' gradient in `losses`
@@ -149,7 +151,7 @@ def _rank() -> int | None:
 
 def _strike(place: str) -> None:
     """Let happen what is planned at a place."""
-    fault = _due(("exception", "exit", "kill", "terminate", "hang", "clock"), place)
+    fault = _due(("exception", "exit", "kill", "terminate", "stop", "hang", "clock"), place)
     if fault is None:
         return
     if fault.kind == "exception":
@@ -162,7 +164,7 @@ def _strike(place: str) -> None:
         return
     if fault.kind == "hang":
         threading.Event().wait()
-    os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM)
+    os.kill(os.getpid(), SIGNALS[fault.kind])
 
 
 def _wrap_phases(module: ModuleType) -> None:

@@ -25,7 +25,7 @@ from pipeline.console import say
 from pipeline.errors import TrainingError
 from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.checkpoint_files import Reader, Writer
-from pipeline.training.checkpoint_place import CheckpointRecord, DamagedError, FileEntry, Origin, Place
+from pipeline.training.checkpoint_place import CheckpointRecord, DamagedError, FileEntry, Origin, Place, TakenOverError
 from pipeline.training.checkpoint_state import Staging, State
 
 
@@ -47,11 +47,12 @@ class Checkpoints:
     Attributes:
         origin: written into each, for people.
         taken_at: `time.monotonic` of when the state of the newest whole one was taken; None: this process has none yet.
+        claim: by which this group of ranks holds the place, from its first `restore` on; empty: it never restored.
     """
 
     def __init__(self, config: CheckpointConfig, config_digest: str) -> None:
         self.config, self.config_digest = config, config_digest
-        self.origin = Origin()
+        self.origin, self.claim = Origin(), ""
         self.taken_at: float | None = None
         self._staging = Staging()
         self._pending: _Pending | None = None
@@ -102,6 +103,8 @@ class Checkpoints:
                 origin=self.origin,
                 counters=counted,
             )
+            if self.claim:
+                place.check_claim(self.config_digest, self.claim)
             place.commit(record)
             self._tidy(place, step)
 
@@ -141,7 +144,8 @@ class Checkpoints:
     def restore(self, where: str | Path, state: State) -> CheckpointRecord | None:
         """Fill `state`'s tensors in place from the newest checkpoint that is whole. Collective.
 
-        Orphans of this config's earlier saves are removed.
+        The first time, this group of ranks takes the place over: whichever held it commits nothing more. Orphans of
+        its saves are removed.
 
         Returns:
             Its record; None if there never was one.
@@ -151,7 +155,8 @@ class Checkpoints:
         """
         self.join()
         place = Place(where)
-        found: list[CheckpointRecord | DamagedError] = self._agreed(self._found(place) if dist.get_rank() == 0 else [])
+        told = self._take_over(place) if dist.get_rank() == 0 else None
+        self.claim, found = cast(tuple[str, list[CheckpointRecord | DamagedError]], self._agreed(told))
         for number, one in enumerate(found):
             wrong = one if isinstance(one, DamagedError) else self._load(place, one, state)
             if wrong is None:
@@ -165,12 +170,14 @@ class Checkpoints:
                 say(f"checkpoint at {place.where}: {wrong}; the one before it is taken")
         return None
 
-    def _found(self, place: Place) -> list[CheckpointRecord | DamagedError]:
-        """What there is of this config, newest first, once the orphans are gone."""
-        for step in place.steps():
-            with suppress(DamagedError):  # told below
-                place.reap(step, self.config_digest)
-        return list(place.found(self.config_digest))
+    def _take_over(self, place: Place) -> tuple[str, list[CheckpointRecord | DamagedError]]:
+        """The claim, and what there is of this config, newest first."""
+        if not (claim := self.claim):
+            claim = place.claim(self.config_digest)
+            for step in place.steps():
+                with suppress(DamagedError):  # told when it is read
+                    place.reap(step, self.config_digest)
+        return claim, list(place.found(self.config_digest))
 
     def _load(self, place: Place, record: CheckpointRecord, state: State) -> DamagedError | None:
         """Fill `state`, or find what is damaged; all ranks find the same."""
@@ -219,6 +226,11 @@ class Checkpoints:
 
     def _unwritten(self, step: int, error: CheckpointException) -> TrainingError:
         rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, TakenOverError):
+            return TrainingError(
+                f"checkpoint of step {step} is not kept: {cause} has taken the run over since; this is a second run of "
+                "the same name, or a part of the run that was believed lost: leave the other one alone"
+            )
         return TrainingError(
             f"checkpoint of step {step} could not be written on rank {rank}: {_one_line(cause)}; the one before it "
             "stands: mend the place, and run again to go on from there"

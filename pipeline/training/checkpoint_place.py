@@ -7,6 +7,9 @@ no renaming, so that nothing here needs it.
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ import pydantic
 from pydantic import Field, StringConstraints
 
 from pipeline.errors import ConfigError
-from pipeline.files import write_json
+from pipeline.files import parse_json, write_atomically, write_json
 from pipeline.schema import Config
 
 RECORD = "checkpoint.json"
@@ -29,6 +32,10 @@ FileName = Annotated[str, StringConstraints(pattern=r"^\.?\w[\w.-]*$")]  # no wa
 
 class DamagedError(Exception):
     """A checkpoint is not what was written; says which file, and what is wrong with it."""
+
+
+class TakenOverError(Exception):
+    """Another group of ranks has claimed the checkpoints since; says which."""
 
 
 class FileEntry(Config):
@@ -131,6 +138,30 @@ class Place:
         else:
             self.fs.pipe_file(path, record.model_dump_json(indent=2).encode())
 
+    def claim(self, config_digest: str) -> str:
+        """Take the checkpoints of a config over, and return the claim, a name of its own.
+
+        Whoever held them may be alive: believed dead behind a network that is cut, or stopped. From now on its commits
+        are refused.
+        """
+        claim = uuid.uuid4().hex[:8]
+        content = json.dumps({"claim": claim, "host": socket.gethostname(), "pid": os.getpid()}).encode()
+        if self.local:
+            write_atomically(Path(self._holder(config_digest)), content)
+        else:
+            self.fs.pipe_file(self._holder(config_digest), content)
+        return claim
+
+    def check_claim(self, config_digest: str, claim: str) -> None:
+        """Raise unless a claim is the last one.
+
+        Raises:
+            TakenOverError: another group has claimed the checkpoints.
+        """
+        told = parse_json(self.fs.cat_file(self._holder(config_digest)))
+        if told["claim"] != claim:
+            raise TakenOverError(f"process {told['pid']} on {told['host']}")
+
     def new_folder(self, config_digest: str) -> str:
         """A name for a folder of data, which tells whose it is."""
         return f"{config_digest[:DIGEST_DIGITS]}-{uuid.uuid4().hex[:8]}"
@@ -159,6 +190,9 @@ class Place:
         """Remove everything."""
         if self.fs.exists(self.root):
             self.fs.rm(self.root, recursive=True)
+
+    def _holder(self, config_digest: str) -> str:
+        return f"{self.root}/holder-{config_digest[:DIGEST_DIGITS]}.json"
 
     def _folder(self, step: int) -> str:
         return f"{self.root}/{PREFIX}{step:08d}"

@@ -157,11 +157,13 @@ def export(
     identities: IdentityTable,
 ) -> None:
     """Write the artefact: each rank its rows, rank 0 the rest, with images of a batch for self-tests. Collective."""
-    beside = destination.with_name(f".{destination.name}.tmp")
+    # Of this group alone: one that is believed lost may be writing its own.
+    beside = destination.with_name(f".{destination.name}.{trainer.checkpoints.claim}.tmp")
     backbone, learned = trainer.engine.module_states()
     maps = trainer.companion.exported_maps(learned) if trainer.companion else []
     if trainer.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in destination.parent.glob(f".{destination.name}.????????.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
     rows = trainer.classifier

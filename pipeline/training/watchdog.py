@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,7 +30,7 @@ from pipeline.parts import Part, part
 STUCK = 76  # exit code of a process that waited in vain
 POLLS = 20  # looks within the bound
 LONGEST_POLL_S = 5.0
-STORE_PATIENCE = timedelta(seconds=10)
+STORE_PATIENCE_S = 10.0
 PART_OF: dict[str, Part] = {  # of a phase, where nothing in it says otherwise; the rest is "other"
     "load": "load",
     "forward": "backbone",
@@ -83,7 +83,7 @@ class Watchdog:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         # A connection of its own: that of the process group may be held by whoever waits in it.
         self._store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        self._store.set_timeout(STORE_PATIENCE)
+        self._store.set_timeout(timedelta(seconds=STORE_PATIENCE_S))
         self._watched = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -97,9 +97,10 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
+        answers = True
         while not self._ended.wait(self._poll_s):
-            with suppress(RuntimeError):  # the store is gone with the rank that held it: told when the time is up
-                self._publish()
+            # The store is gone with the rank that held it, or cut off: told when the time is up.
+            answers = answers and _in_time(self._publish)
             if (waited_s := time.monotonic() - self._pulse.since) > self._bound_s:
                 self._give_up(waited_s)
 
@@ -111,10 +112,10 @@ class Watchdog:
     def _give_up(self, waited_s: float) -> None:
         """Name who is behind, and end. The thread looks again a little later: all ranks run out of time together."""
         time.sleep(2 * self._poll_s)
-        try:
-            beats = [self._beat_of(rank) for rank in range(self._ranks)]
+        beats: list[Beat | None] = []
+        if _in_time(lambda: beats.extend([self._beat_of(rank) for rank in range(self._ranks)])):
             line = f"{behind(beats, waited_s)}; rank {self._rank} gives up"
-        except RuntimeError:
+        else:
             line = f"rank {self._rank} waited {waited_s:.0f} s in its {self._pulse.phase}, and rank 0 does not answer"
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f"stuck-{self._rank:05d}.txt").open("w") as stream:
@@ -128,6 +129,24 @@ class Watchdog:
     def _beat_of(self, rank: int) -> Beat | None:
         key = f"watchdog/{rank}"
         return Beat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+
+def _in_time(ask: Callable[[], None]) -> bool:
+    """Whether the store has answered within STORE_PATIENCE_S.
+
+    Its own time-out does not hold where packets vanish: a thread that waits in it is left behind.
+    """
+    done = threading.Event()
+
+    def run() -> None:
+        with suppress(RuntimeError):
+            ask()
+            done.set()
+
+    asking = threading.Thread(target=run, name="watchdog's question", daemon=True)
+    asking.start()
+    asking.join(STORE_PATIENCE_S)
+    return done.is_set()
 
 
 def behind(beats: Sequence[Beat | None], waited_s: float) -> str:

@@ -35,10 +35,17 @@ def exit_codes(world_size: int, function: Callable[..., Any], *arguments: Any) -
 
     A rank that fails with an exception leaves its traceback on stderr, and the code 1.
     """
-    with _ranks(world_size, _mortal, function, arguments) as processes:
+    with mortal_ranks(world_size, function, *arguments) as processes:
         for process in processes:
             process.join(TIMEOUT_S)
         return [process.exitcode for process in processes]
+
+
+@contextmanager
+def mortal_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> Iterator[list[Any]]:
+    """The processes of such ranks, by rank."""
+    with _ranks(world_size, _mortal, function, arguments) as processes:
+        yield processes
 
 
 def lose_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:

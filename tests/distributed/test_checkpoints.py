@@ -240,6 +240,42 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+def goes_on(_rank: int, _world_size: int, where: str) -> list[str]:
+    """A group that saves step 3, is believed lost while another one goes on, and then would save step 6."""
+    mine = Checkpoints(CheckpointConfig(keep=1), DIGEST)
+    mine.restore(where, state(0.0))
+    mine.save(where, 3, state(3.0), {"nonfinite": 3})
+    mine.join()
+    other = Checkpoints(CheckpointConfig(keep=1), DIGEST)
+    found = other.restore(where, state(0.0))
+    assert found is not None
+    assert found.step == 3
+    other.save(where, 9, state(9.0), {"nonfinite": 9})
+    other.join()
+    mine.save(where, 6, state(6.0), {"nonfinite": 6})
+    told = [""]
+    try:
+        mine.join()
+    except TrainingError as error:
+        told = [str(error)]
+    again = other.restore(where, state(0.0))  # as after a spike: it holds the place still
+    assert again is not None
+    other.save(where, 12, state(12.0), {"nonfinite": 12})
+    other.join()
+    return [*told, str(again.step)]
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_a_group_that_was_believed_lost_commits_nothing_and_removes_nothing(tmp_path: Path, scheme: str) -> None:
+    where = f"{scheme}{tmp_path}"
+    for line, again in run_ranks(1 if scheme else 2, goes_on, where):
+        assert line.startswith("checkpoint of step 6 is not kept: process ")
+        assert again == "9"
+    if not scheme:
+        assert [path.name for path in tmp_path.glob("step-*/checkpoint.json")] == ["checkpoint.json"]
+        assert run_ranks(2, restored, where)[0][:2] == (12, 12.0)
+
+
 def test_pickle_placed_as_metadata_does_not_run(tmp_path: Path) -> None:
     run_ranks(1, written, str(tmp_path), [3, 6], {})
     folder, ran = data_folder(tmp_path, 6), tmp_path / "ran"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.errors import TrainingError
@@ -18,9 +19,10 @@ from pipeline.training.guards import GuardConfig
 from pipeline.training.optimiser import OptimiserConfig
 from pipeline.training.trainer import Trainer, TrainingConfig
 from pipeline.training.watchdog import STUCK
-from tests.distributed.ranks import exit_codes, run_ranks
+from tests.distributed.ranks import TIMEOUT_S, exit_codes, mortal_ranks, run_ranks
 from tests.distributed.small_run import make_trainer, part, run
 from tests.distributed.test_training import tensors
+from tests.e2e.cluster import free_ports
 from tests.faults import Fault, happened, install
 
 CONFIG = TrainingConfig(
@@ -143,6 +145,24 @@ def test_a_rank_that_hangs_is_named_by_all_and_ends_them(tmp_path: Path, place: 
         assert line.startswith(f"rank 1 has not finished step {step}'s {place.split()[1]} for ")
         assert line.endswith(f"; rank {rank} gives up")
         assert "most recent call first" in stacks
+
+
+def stopped(rank: int, world_size: int, folder: str, config: TrainingConfig, port: int) -> None:
+    """As `run`, with a store that rank 0 holds, which is stopped in its step 3."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    run(rank, world_size, folder, config, [Fault("stop", "before load", rank=0, step=3)])
+
+
+def test_a_rank_ends_though_the_one_with_the_store_does_not_answer(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"guards": GuardConfig(collective_timeout_s=3.0)})
+    (port,) = free_ports(1)
+    with mortal_ranks(2, stopped, str(tmp_path), config, port) as processes:
+        processes[1].join(TIMEOUT_S)
+        assert processes[1].exitcode == STUCK
+    line = (tmp_path / "incidents" / "stuck-00001.txt").read_text().partition("\n")[0]
+    assert line.startswith("rank 1 waited ")
+    assert line.endswith(", and rank 0 does not answer")
 
 
 def told(rank: int, world_size: int, folder: str, config: TrainingConfig, fault: Fault) -> None:

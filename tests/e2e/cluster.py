@@ -10,17 +10,37 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
+from tests.e2e.network import Host
+
 BIN = Path(sys.executable).parent
 START_S = 90
+STARTS = 5
+HERE = Host()
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
+# Ids of the nodes that are up.
+IDS = """
+import sys
+from ray._raylet import GcsClient
+print(*(key.hex() for key, node in GcsClient(address=sys.argv[1]).get_all_node_info().items() if node.state == 0))
+"""
+# Whether a dashboard answers, told from where it is: with its demand for a token, too.
+ANSWERS = """
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=2).close()
+except urllib.error.HTTPError:
+    pass
+except OSError:
+    sys.exit(1)
+"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,7 @@ class PrivateRay:
     environment: dict[str, str]
     session: int
     folder: Path
+    host: Host = HERE
 
     @property
     def targets(self) -> Path:
@@ -44,6 +65,7 @@ class Node:
     """A further node of a private Ray, in a session of its own too."""
 
     process: subprocess.Popen[bytes]
+    host: Host = HERE
 
     def kill(self) -> None:
         """All of its processes at once, as if its machine were gone."""
@@ -60,8 +82,17 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def private_ray(home: Path, cpus: int = 2, **variables: str) -> Iterator[PrivateRay]:
-    """Start a head node; `home` is the BCT_HOME of everything that it runs, `variables` are set for it."""
+def private_ray(
+    home: Path, cpus: int = 2, host: Host = HERE, settings: Mapping[str, str] = NO_SETTINGS
+) -> Iterator[PrivateRay]:
+    """Start a head node.
+
+    Args:
+        home: the BCT_HOME of everything that it runs.
+        cpus: that Ray may give away there.
+        host: where it runs.
+        settings: further variables of the environment.
+    """
     gcs, dashboard, client, *agents = free_ports(7)
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: Ray puts sockets in it
     environment = {
@@ -72,19 +103,19 @@ def private_ray(home: Path, cpus: int = 2, **variables: str) -> Iterator[Private
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        **variables,
+        **settings,
     }
     environment.pop("RAY_ADDRESS", None)
     (folder / "token").write_text("0123456789abcdef" * 4)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={client}", f"--temp-dir={folder / 't'}", "--dashboard-host=127.0.0.1"]
-    command += _small(agents, cpus)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{dashboard}"
+    command += [f"--ray-client-server-port={client}", f"--temp-dir={folder / 't'}", f"--dashboard-host={host.address}"]
+    command = host.command([*command, *_small(agents, cpus, host)])
+    url, address = f"http://{host.address}:{dashboard}", f"{host.address}:{gcs}"
+    process = _started(command, environment, folder / "log")
     try:
-        _wait(url, process, folder / "log")
-        yield PrivateRay(f"127.0.0.1:{gcs}", url, environment, process.pid, folder)
+        ray = PrivateRay(address, url, environment, process.pid, folder, host)
+        _wait_for_dashboard(ray)
+        yield ray
     finally:
         end_session(process.pid)
         process.wait()
@@ -92,18 +123,44 @@ def private_ray(home: Path, cpus: int = 2, **variables: str) -> Iterator[Private
 
 
 @contextmanager
-def further_node(ray: PrivateRay, cpus: int = 1) -> Iterator[Node]:
-    """Start another node on this machine; it joins within seconds, if it is not killed before."""
-    command = [str(BIN / "ray"), "start", "--block", f"--address={ray.gcs}", *_small(free_ports(4), cpus)]
-    quiet = subprocess.DEVNULL
-    node = Node(subprocess.Popen(command, env=ray.environment, stdout=quiet, stderr=quiet, start_new_session=True))
-    try:
-        yield node
-    finally:
-        node.kill()
+def further_node(ray: PrivateRay, cpus: int = 1, host: Host = HERE) -> Iterator[Node]:
+    """Start another node, which has joined when this is entered."""
+    command = [str(BIN / "ray"), "start", "--block", f"--address={ray.gcs}", *_small(free_ports(4), cpus, host)]
+    with tempfile.NamedTemporaryFile("r") as log:
+        node = Node(_started(host.command(command), ray.environment, Path(log.name)), host)
+        try:
+            yield node
+        finally:
+            node.kill()
 
 
-def _small(agents: list[int], cpus: int) -> list[str]:
+def _started(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A node's process, in a session of its own, once it says that all of the node is up.
+
+    A node gives up if one of its parts takes more than 15 seconds, as they do on a busy machine: it is tried again.
+    """
+    for _ in range(STARTS):
+        with log.open("wb") as stream:
+            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        end = time.monotonic() + START_S
+        while process.poll() is None and time.monotonic() < end:
+            if "Ray runtime started" in log.read_text():
+                return process
+            time.sleep(0.2)
+        end_session(process.pid)
+        process.wait()
+    raise AssertionError(f"Ray did not start:\n{log.read_text()}")
+
+
+def node_ids(ray: PrivateRay) -> set[str]:
+    """Ids of the nodes that are up; none where Ray does not answer."""
+    command = ray.host.command([sys.executable, "-c", IDS, ray.gcs])
+    return set(
+        subprocess.run(command, check=False, env=ray.environment, text=True, stdout=subprocess.PIPE).stdout.split()
+    )
+
+
+def _small(agents: list[int], cpus: int, host: Host) -> list[str]:
     """Options of a node. The agents' default ports may be another Ray's of another test."""
     names = (
         "dashboard-agent-listen-port",
@@ -112,7 +169,7 @@ def _small(agents: list[int], cpus: int) -> list[str]:
         "metrics-export-port",
     )
     ports = [f"--{name}={port}" for name, port in zip(names, agents, strict=True)]
-    return [*ports, f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+    return [*ports, f"--num-cpus={cpus}", f"--node-ip-address={host.address}", "--object-store-memory=100000000"]
 
 
 def processes(session: int) -> Iterator[int]:
@@ -130,19 +187,9 @@ def end_session(session: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until `ray start` has done all, and the dashboard answers, which comes first or last."""
-    for _ in range(START_S * 2):
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(f"{url}/api/version", timeout=2).close()
-            answers = True
-        except urllib.error.HTTPError:
-            answers = True  # it asks for the token: it is up
-        except OSError:
-            answers = False
-        if answers and "Ray runtime started" in log.read_text():
-            return
+def _wait_for_dashboard(ray: PrivateRay) -> None:
+    look = ray.host.command([sys.executable, "-c", ANSWERS, f"{ray.dashboard}/api/version"])
+    end = time.monotonic() + START_S
+    while subprocess.run(look, check=False, capture_output=True).returncode != 0:
+        assert time.monotonic() < end, "the dashboard did not start"
         time.sleep(0.5)
-    raise AssertionError(f"Ray did not start:\n{log.read_text()}")

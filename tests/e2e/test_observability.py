@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ray(home: Path) -> Iterator[PrivateRay]:
-    with private_ray(home, RAY_metrics_report_interval_ms="2000", BCT_LOG_FORMAT="json") as running:
+    with private_ray(home, settings={"RAY_metrics_report_interval_ms": "2000", "BCT_LOG_FORMAT": "json"}) as running:
         yield running
 
 
