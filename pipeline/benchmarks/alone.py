@@ -42,31 +42,31 @@ class AloneGroup(_Group):  # type: ignore[misc]
     def _set_group_desc(self, _: str) -> None:
         pass
 
-    def allreduce(self, tensors: list[Tensor], _options: Any = None) -> dist.Work:
+    def allreduce(self, tensors: list[Tensor], *_: Any, **__: Any) -> dist.Work:
         """The sum over all is what the rank has."""
         return _done(tensors)
 
-    def broadcast(self, tensors: list[Tensor], _options: Any = None) -> dist.Work:
+    def broadcast(self, tensors: list[Tensor], *_: Any, **__: Any) -> dist.Work:
         """What rank 0 has is what the rank has."""
         return _done(tensors)
 
-    def barrier(self, _options: Any = None) -> dist.Work:
+    def barrier(self, *_: Any, **__: Any) -> dist.Work:
         """All are here."""
         return _done([])
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], _options: Any = None) -> dist.Work:
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], *_: Any, **__: Any) -> dist.Work:
         """Each other rank's part is a copy of the own one."""
         for parts, own in zip(outputs, inputs, strict=True):
             for part in parts:
                 part.copy_(own)
         return _done(outputs)
 
-    def all_gather_single(self, output: Tensor, own: Tensor, _options: Any = None) -> dist.Work:
+    def all_gather_single(self, output: Tensor, own: Tensor, *_: Any, **__: Any) -> dist.Work:
         """As `allgather`, into one tensor."""
         output.view(self._own_size, -1).copy_(own.reshape(1, -1).expand(self._own_size, -1))
         return _done(output)
 
-    def reduce_scatter_single(self, output: Tensor, whole: Tensor, _options: Any = None) -> dist.Work:
+    def reduce_scatter_single(self, output: Tensor, whole: Tensor, *_: Any, **__: Any) -> dist.Work:
         """The own part of what the rank has."""
         output.copy_(whole.view(self._own_size, *output.shape)[self._own_rank])
         return _done(output)

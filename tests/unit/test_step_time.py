@@ -84,7 +84,9 @@ def test_the_fit_finds_speeds_that_it_is_told(resnet: BackboneCost, monkeypatch:
 
 def test_the_page_has_the_predictions(resnet: BackboneCost) -> None:
     rates, published = assumed_rates(published_config(1)), SPEEDS | FURTHER
-    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| [\d,]+ \| ", line)]
+    rows = [
+        line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| \d+,[\d,]+ \| ", line)
+    ]
     assert {(float(row[1]), int(row[0].replace(",", ""))) for row in rows} == published.keys()
     for count, rate, speed, kind, *told in rows:
         point = float(rate), int(count.replace(",", ""))
@@ -344,7 +346,9 @@ def test_links_of_a_benchmark_are_taken_unless_they_are_given(tmp_path: Path) ->
 def test_the_page_has_the_measured_parts_beside_the_predicted() -> None:
     document = json.loads((ROOT / "docs" / "benchmarks" / "scaling-cpu.json").read_text())
     rows = [
-        line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if re.match(r"\| [a-z ,]+ \| \d", line)
+        line.strip("| ").split(" | ")
+        for line in PAGE.read_text().splitlines()
+        if re.match(r"\| [a-z ,]+ \| \d+ \| \d+ \| ", line)
     ]
     assert {row[0] for row in rows} >= {CLASSIFIER, "backbone gradients", "a step"}
     for name, *told in rows:
