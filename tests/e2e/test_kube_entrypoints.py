@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.vectors import read_vectors, vector_files
 from tests.e2e.cluster import PrivateRay, private_ray
+from tests.e2e.nodes import until_a_node_is_up
 from tests.kube.manifests import JOBS, ROOT, overlays, pods, rendered
 from tests.kube.policies import environment
 
@@ -61,6 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for seed, role in enumerate(("gallery", "query", "query")):
                 picture(home / "held-out" / f"{number}-{seed}.png", number, seed)
                 rows.writerow([f"held-out/{number}-{seed}.png", f"person-{number}", role])
+    (home / "tmp").mkdir()
     (home / "run.yaml").write_text(yaml.safe_dump(TINY))
     return home
 
@@ -68,6 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ray(home: Path) -> Iterator[PrivateRay]:
     with private_ray(home) as running:
+        until_a_node_is_up(running)
         yield running
 
 

@@ -9,22 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import PrivateRay, private_ray
-from tests.e2e.servers import eventually
+from tests.e2e.cluster import private_ray
+from tests.e2e.nodes import ask, until_a_node_is_up
 from tests.kube.manifests import ROOT, overlays, ray_clusters, rendered
 
-KNOWN = (
-    "import sys; from ray._raylet import GcsClient; sys.exit(not GcsClient(address=sys.argv[1]).get_all_node_info())"
-)
 GOING = (
     "import json, sys, ray; ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False);"
     "print(json.dumps(ray._private.state.state.get_draining_nodes()))"
 )
-
-
-def ask(ray: PrivateRay, code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, ray.gcs]
-    return subprocess.run(command, check=False, env=ray.environment, capture_output=True, text=True)
 
 
 @pytest.mark.timeout(300)
@@ -35,7 +27,7 @@ def test_a_pod_that_is_told_to_go_says_so_to_ray(tmp_path: Path) -> None:
     assert python == "python"
     line[line.index("--wait") + 1] = "0"  # nothing is in training here
     with private_ray(tmp_path) as ray:
-        eventually(lambda: ask(ray, KNOWN).returncode == 0)
+        until_a_node_is_up(ray)
         environment = {**ray.environment, "RAY_ADDRESS": ray.gcs, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, *line], check=False, env=environment, cwd=ROOT, capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
