@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pty
@@ -23,11 +24,12 @@ import yaml
 from pipeline.progress import PREFIX
 from pipeline.workers.foreman import POLL_S
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
-from tests.e2e.training import CONFIG, EVERY, STEPS, Training, workers_of, write_images
+from tests.e2e.training import CONFIG, Training, workers_of, write_images
 from tests.e2e.walkthrough import differing, steps_in
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
+STEPS, EVERY = 2000, 50  # enough that a run is stopped before its end, however fast the machine
 RAYS_STYLE = re.compile(r"\x1b\[\d+m|^\S+ \S+\s+(?:INFO|SUCC) \S+ -- ")  # colours, and where in its code
 pytestmark = [
     pytest.mark.timeout(900),
@@ -82,7 +84,9 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".gitignore", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**CONFIG, "name": "mine"}))
+    mine = copy.deepcopy({**CONFIG, "name": "mine"})
+    mine["generations"]["v1"]["training"] |= {"steps": STEPS, "checkpoints": {"every": EVERY}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(mine))
     (folder / "look.py").write_text(LOOK)
     for left in (
         "data/train/shard.tar",
