@@ -141,6 +141,7 @@ class Submitter:
         if not running:
             raise ConfigError(f"no attempt of {self.name} runs: there is nothing to stop")
         _told(lambda: self.client.stop_job(running[-1].id))
+        say(f"{running[-1].id} is told to stop")
         return running[-1]
 
     def look(self, attempt: Attempt) -> Attempt:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pty
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +22,15 @@ import pytest
 import yaml
 
 from pipeline.progress import PREFIX
+from pipeline.workers.foreman import POLL_S
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
-from tests.e2e.training import CONFIG, EVERY, STEPS, Training, write_images
+from tests.e2e.training import CONFIG, Training, workers_of, write_images
 from tests.e2e.walkthrough import differing, steps_in
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
+STEPS, EVERY = 2000, 50  # enough that a run is stopped before its end, however fast the machine
+RAYS_STYLE = re.compile(r"\x1b\[\d+m|^\S+ \S+\s+(?:INFO|SUCC) \S+ -- ")  # colours, and where in its code
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
@@ -77,7 +84,9 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".gitignore", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / "mine.yaml").write_text(yaml.safe_dump({**CONFIG, "name": "mine"}))
+    mine = copy.deepcopy({**CONFIG, "name": "mine"})
+    mine["generations"]["v1"]["training"] |= {"steps": STEPS, "checkpoints": {"every": EVERY}}
+    (folder / "mine.yaml").write_text(yaml.safe_dump(mine))
     (folder / "look.py").write_text(LOOK)
     for left in (
         "data/train/shard.tar",
@@ -148,6 +157,20 @@ def test_the_exit_code_is_the_jobs_own(laptop: Laptop) -> None:
     assert done.stdout.splitlines()[-1] == "wrong-1: failed, exit code 2"
 
 
+@contextmanager
+def held(ray: PrivateRay) -> Iterator[None]:
+    """No step is done meanwhile."""
+    workers = workers_of(ray.session)
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+
+
 class Terminal:
     """A submitter's terminal, and all that is written to it."""
 
@@ -183,19 +206,23 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(laptop: Laptop) -> Non
         assert time.monotonic() < end, first.shown
         time.sleep(0.2)
 
-    other = laptop.submit(*command, "generations.v1.seed=7")
-    assert other.returncode == 2
-    assert "mine-1 is the name of another command" in other.stderr
-    follows = laptop.submit("--detach", *command)
-    assert follows.returncode == 0
-    assert "mine-1 runs already" in follows.stdout
-    status = laptop.run("ray", "job", "status", "mine-1")
-    assert "RUNNING" in status.stdout + status.stderr
-
-    stopped = laptop.submit("--stop", *command)
-    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    assert stopped.stdout.splitlines()[-1] == "mine-1: stopped, exit code 75"
-    assert "told to end (SIGTERM); the workers stopped after a checkpoint" in stopped.stdout
+    with held(laptop.ray):
+        other = laptop.submit(*command, "generations.v1.seed=7")
+        assert other.returncode == 2
+        assert "mine-1 is the name of another command" in other.stderr
+        follows = laptop.submit("--detach", *command)
+        assert follows.returncode == 0
+        assert "mine-1 runs already" in follows.stdout
+        status = laptop.run("ray", "job", "status", "mine-1")
+        assert "RUNNING" in status.stdout + status.stderr
+        stops = Terminal(laptop, "--stop", *command)
+        while "mine-1 is told to stop" not in stops.shown:
+            assert stops.process.poll() is None, stops.shown
+            time.sleep(0.2)
+        time.sleep(10 * POLL_S)  # until the driver has asked the workers to save
+    assert stops.code() == 0, stops.shown
+    assert stops.shown.splitlines()[-1] == "mine-1: stopped, exit code 75"
+    assert "told to end (SIGTERM); the workers stopped after a checkpoint" in stops.shown
     assert first.code() == 75
     assert "━" in first.shown, "a bar"
     assert PREFIX not in first.shown
@@ -228,5 +255,5 @@ def test_the_documents_commands_print_what_stands_there(laptop: Laptop) -> None:
             text=True,
             timeout=PATIENCE_S,
         )
-        printed = done.stdout.replace("walk", "mine").splitlines()
+        printed = [RAYS_STYLE.sub("", line) for line in done.stdout.replace("walk", "mine").splitlines()]
         assert differing(step, printed) is None, f"{step.command}\n{done.stdout}"

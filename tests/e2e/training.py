@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,7 +26,7 @@ from tests.e2e.cluster import PrivateRay, processes
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 300
 STEPS, EVERY = 300, 20
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "name": "whole",
     "data": {"source": "none", "train": "data/train", "test": None},
     "preprocess": {"size": 32, "resize": 32, "channels": 1},

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.cluster import connect, ray_address
 from pipeline.errors import ClusterError
+from pipeline.workers.interface import interface_of
 
 GONE = "127.0.0.1:9"  # the discard port: nothing listens on it
 
@@ -44,3 +45,8 @@ def test_a_cluster_of_this_machine_is_joined(tmp_path: Path, monkeypatch: pytest
         assert found.endswith(address.rpartition(":")[2]), "by the address of the machine"
         monkeypatch.setenv("RAY_ADDRESS", "ray://elsewhere:10001")
         assert ray_address() == "ray://elsewhere:10001"
+
+
+def test_a_card_is_found_by_the_address_that_it_has() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.9") is None, "an address of no machine (RFC 5737)"
