@@ -15,6 +15,7 @@ def as_text(result: dict[str, Any]) -> str:
         "backfill": _backfill,
         "checkpoint": _checkpoint,
         "scaling": _scaling,
+        "step": _step,
     }
     return ways[result["benchmark"]](result)
 
@@ -76,6 +77,15 @@ def _checkpoint(result: dict[str, Any]) -> str:
             "of its speed",
             f"memory of a rank beyond its own part {result['reshard_extra_bytes'] / (1 << 20):,.0f} MiB",
         ]
+    )
+
+
+def _step(result: dict[str, Any]) -> str:
+    times = result["step_ms"]
+    rounds = ", ".join(f"{one['product'] / one['bare'] - 1:+.1%}" for one in result["rounds"])
+    return (
+        f"a step takes {times['product']:.1f} ms, bare {times['bare']:.1f} ms: overhead {result['overhead']:+.1%} "
+        f"(rounds: {rounds})"
     )
 
 

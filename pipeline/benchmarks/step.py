@@ -136,6 +136,7 @@ def _bare(plan: Plan, config: StepBenchmark) -> list[float]:
 
 
 def _bare_rank(rank: int, ranks: int, plan: Plan, config: StepBenchmark, folder: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     torch.set_num_threads(max(1, int(plan.config.cluster.cpus_per_worker)))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     identities, preprocess = IdentityTable.load(plan.identities), plan.config.preprocess

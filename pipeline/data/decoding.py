@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from pipeline.data.reading import Work
 _dali: Any = dali  # its type stubs lack most of what is used here
 fn, types = _dali.fn, _dali.types
 
+LOWEST = 19  # priority
 QUEUE = 2  # batches that DALI holds, decoded or being decoded
 LEAST_BLUR = 1e-3  # pixels; every neighbour's weight underflows to 0, while DALI takes 0 as "not given"
 DALI_ERRORS = (RuntimeError, ValueError, IndexError)
@@ -100,6 +104,8 @@ class Decoder:
                 prefetch_queue_depth=len(waiting),
             )
         pipe.build()
+        if not gpu:
+            _give_way()
         for work in waiting:
             self._feed(pipe, work)
         pipe.schedule_run()  # DALI's first run takes as many batches as its queue is deep
@@ -156,6 +162,14 @@ class Decoder:
             pixels_BHWC.addcmul_(noise_BP.view(pixels_BHWC.shape), sigma_B[:, None, None, None]).clamp_(0, 255)
         pixels_BHWC.sub_(self._preprocess.mean).mul_(1 / self._preprocess.std)
         return pixels_BHWC.permute(0, 3, 1, 2)
+
+
+def _give_way() -> None:
+    """Have DALI's threads of this process decode in the gaps that training leaves: they are ahead of it anyway."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # one that has just ended
+            if (thread / "comm").read_text().startswith("[DALI]"):
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), LOWEST)
 
 
 @_dali.pipeline_def(enable_conditionals=True, exec_dynamic=True)  # type: ignore[untyped-decorator]

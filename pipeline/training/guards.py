@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 from pipeline.schema import Config
+from pipeline.training.stopping import Wish
 
 if TYPE_CHECKING:  # the trainer asks these
     from pipeline.training.trainer import Trainer
@@ -44,13 +45,21 @@ class GuardConfig(Config):
     loader_timeout_s: float = Field(500.0, gt=0, description="seconds that a batch's shards are waited for")
 
 
-def all_finite(tensors: Sequence[Tensor]) -> tuple[bool, bool]:
-    """Whether all values are finite numbers: this rank's, and those of all ranks. Collective."""
+def all_finite(tensors: Sequence[Tensor], wish: Wish = Wish.GO_ON) -> tuple[bool, bool, Wish]:
+    """Whether all values are finite numbers: this rank's, and those of all ranks. Collective: one for two numbers.
+
+    Args:
+        tensors: this rank's.
+        wish: what this rank has been asked.
+
+    Returns:
+        Of this rank, of all ranks; and the strongest wish of any rank.
+    """
     here = torch.stack([tensor.isfinite().all() for tensor in tensors]).all().to(torch.int32)
-    everywhere = here.clone()
-    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-    both = torch.stack([here, everywhere]).tolist()
-    return bool(both[0]), bool(both[1])
+    told = torch.stack([here, here.new_tensor(-int(wish))])
+    dist.all_reduce(told, op=dist.ReduceOp.MIN)
+    mine, everywhere, strongest = torch.cat([here[None], told]).tolist()
+    return bool(mine), bool(everywhere), Wish(-strongest)
 
 
 def note(folder: Path, kind: str, rank: int, entry: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ from pipeline.training.checkpoint_place import Origin
 from pipeline.training.guards import check_space, goes_on_from, memory_advice, note
 from pipeline.training.meter import Meter, Telemetry
 from pipeline.training.spikes import Course
-from pipeline.training.stopping import Listen, Wish, agree
+from pipeline.training.stopping import Listen, Wish
 from pipeline.training.trainer import Trainer
 from pipeline.training.watchdog import Watchdog
 
@@ -76,7 +76,7 @@ def train(
         record: of the artefact, without files and figures.
         identities: the run's table.
         incidents: folder where each rank writes down what went wrong.
-        listen: what this rank has been asked; None on all ranks: nobody asks.
+        listen: what this rank has been asked; None: nobody asks it.
         telemetry: told how fast this rank is, on every rank; None: nobody asks.
 
     Returns:
@@ -88,6 +88,7 @@ def train(
     config, pulse = trainer.config, trainer.pulse
     origin = Origin(parents=record.parents, data_digest=record.data_digest, code_version=record.code_version)
     trainer.checkpoints.origin = origin
+    trainer.listen = listen or trainer.listen
     with Watchdog(pulse, config.guards.collective_timeout_s, incidents), memory_advice(trainer):
         meter, batches = Meter(trainer, telemetry), Batches(open_loader)
         watch = Watch(trainer, observer, incidents, meter, batches)
@@ -106,12 +107,11 @@ def train(
                 step += 1
                 with pulse("report"):
                     watch.report(step, losses_L, norms)
-                    wish = agree(listen(), trainer.device) if listen else Wish.GO_ON
                 due = config.checkpoints.due(step, config.steps)
-                if due or wish is Wish.NOW:
+                if due or trainer.wish is Wish.NOW:
                     with pulse("save"):
                         watch.save(checkpoints, step)
-                if wish is Wish.NOW or (wish is Wish.AT_CHECKPOINT and due and step < config.steps):
+                if trainer.wish is Wish.NOW or (trainer.wish is Wish.AT_CHECKPOINT and due and step < config.steps):
                     return False
         with pulse("export", step):
             after = step + watch.course.skipped  # of the step after the last: the same on a resume

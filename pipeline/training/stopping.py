@@ -1,13 +1,12 @@
-"""Ending before the last step: any rank may be asked to, and all do so after the same step."""
+"""Ending before the last step: any rank may be asked to, and all do so after the same step.
+
+What a rank was asked travels with what the ranks agree on in each step anyway (`guards.all_finite`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Wish(IntEnum):
@@ -19,13 +18,3 @@ class Wish(IntEnum):
 
 
 Listen = Callable[[], Wish]  # what this rank has been asked so far; it must not block
-
-
-def agree(wish: Wish, device: torch.device) -> Wish:
-    """The strongest wish of any rank. Collective: one all-reduce of a number."""
-    import torch  # here: the driver's board knows wishes, too, and has no use for it
-    import torch.distributed as dist
-
-    strongest = torch.tensor(int(wish), device=device)
-    dist.all_reduce(strongest, dist.ReduceOp.MAX)
-    return Wish(int(strongest))

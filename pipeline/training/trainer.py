@@ -33,6 +33,7 @@ from pipeline.training.optimiser import OptimiserConfig, learning_rate
 from pipeline.training.profiling import ProfileConfig
 from pipeline.training.row_optimiser import RowOptimiser, clip_rows_
 from pipeline.training.setting import stream, updates_tile_by_tile
+from pipeline.training.stopping import Listen, Wish
 from pipeline.training.watchdog import Pulse
 
 
@@ -51,12 +52,19 @@ class TrainingConfig(Config):
     profile: ProfileConfig | None = Field(None, description="steps that a trace is written of; none: no trace")
 
 
+def listen_to_nobody() -> Wish:
+    """Where nobody asks."""
+    return Wish.GO_ON
+
+
 class Trainer:
     """One rank's part of a training run.
 
     Attributes:
         pulse: the phase of the step that this rank is in.
         kept: tensors of the loop's that checkpoints hold too, by name; `restore` fills them in place.
+        listen: what this rank has been asked; heard once in each micro-batch.
+        wish: the strongest of what any rank has been asked, as of the last step.
         sound_here: whether the last step's losses and features' gradients were finite on this very rank.
 
     Args:
@@ -96,6 +104,8 @@ class Trainer:
         self.rank = dist.get_rank()
         self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
         self.pulse, self.sound_here = Pulse(), True
+        self.listen: Listen = listen_to_nobody
+        self.wish = Wish.GO_ON
         self.kept: dict[str, Tensor] = {}
         self.parts = micro_parts(training.global_batch, training.accumulation, self.mesh.ranks)
         views = view_parents(parents, compat, identities, margin, self.mesh, device, images_of)
@@ -166,6 +176,7 @@ class Trainer:
         weight_L = weight_L.to(self.device)
         total_L, sizes = torch.zeros_like(weight_L), [parts[self.rank] for parts in self.parts]
         self.engine.begin()
+        self.wish = Wish.GO_ON
         for micro, (images, labels) in enumerate(
             zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
         ):
@@ -200,7 +211,8 @@ class Trainer:
             gradients = torch.autograd.grad((losses_L * weight_L).sum(), learned)
             loss = torch.stack([(a * b).sum() for a, b in zip(learned, gradients, strict=True)]).sum()
             with part("other"):
-                self.sound_here, sound = all_finite([losses_L.detach(), *gradients])
+                self.sound_here, sound, wish = all_finite([losses_L.detach(), *gradients], self.listen())
+        self.wish = max(self.wish, wish)
         return losses_L.detach(), loss, sound
 
     def _guide(self, images_bCHW: Tensor) -> Tensor:

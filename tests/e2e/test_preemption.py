@@ -19,6 +19,7 @@ import pytest
 from pipeline.workers.foreman import LOOK_S
 from tests.e2e.cluster import BIN, Node, PrivateRay, further_node, node_ids, private_ray
 from tests.e2e.training import EVERY, STEPS, Training, assert_close, assert_same, workers_of, write_images
+from tests.faults import Fault, environment
 
 SAVED = "the workers stopped after a checkpoint; going on from the last checkpoint"
 pytestmark = [
@@ -161,3 +162,31 @@ def test_torchrun_comes_to_the_same_weights_as_ray(cluster: Cluster, whole: Trai
     training.launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", "--local-ranks-filter=0"]
     training.ends(training.start())
     assert_same(training, whole)
+
+
+def test_driver_that_is_killed_around_the_registration_completes_it(cluster: Cluster, whole: Training) -> None:
+    faults = [Fault("kill", "before register"), Fault("kill", "after register")]
+    training = Training(cluster.ray, cluster.home, "registered", ("cluster.min_workers=1",))
+    training.variables = environment(faults, cluster.home / "faults")
+    for code in (-signal.SIGKILL, -signal.SIGKILL, 0):
+        training.ends(training.start(), code)
+    versions = training.client.search_model_versions("name='registered'")
+    assert [version.tags["generation"] for version in versions] == ["v1"]
+    assert training.run().info.status == "FINISHED"
+    assert_close(training, whole)
+
+
+def test_too_few_nodes_are_told_before_workers_are_asked_and_waited_for_in_a_run(cluster: Cluster) -> None:
+    while len(cluster.node_ids()) > 1:  # bounded by pytest's timeout
+        time.sleep(0.5)
+    few = Training(cluster.ray, cluster.home, "few")
+    few.ends(few.start(), 2)
+    assert (
+        "2 workers of 1 CPU are needed, but the Ray cluster's 1 node has 1 CPU (at most 1 on one): room for" in few.log
+    )
+    cluster.grow()
+    process = few.start("cluster.nodes_wait_s=1")
+    few.until(process, lambda: few.saved() >= EVERY)
+    cluster.second.kill()
+    few.ends(process, 75)
+    assert "have room for 1 workers, and 2 are needed (waited cluster.nodes_wait_s=1)" in few.log

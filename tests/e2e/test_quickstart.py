@@ -250,3 +250,20 @@ def test_the_upgrade_of_the_docs_goes_as_it_says(report: dict[str, Any], home: P
         for step in steps:
             printed = run(step, home, {**os.environ, **names}, instead)
             assert differing(step, printed) is None, f"{step.command}\n" + "\n".join(printed)
+
+
+@pytest.mark.long
+def test_step_is_measured_beside_a_bare_one(
+    report: dict[str, Any], ray: PrivateRay, home: Path, tmp_path: Path
+) -> None:
+    assert report
+    command = [sys.executable, "jobs/benchmark.py", "step", "--config", "configs/tiny.yaml", "--json"]
+    command += [str(tmp_path / "step.json"), "--steps", "40", "--rounds", "1"]
+    before = set((home / "runs").iterdir())
+    environment = {**ray.environment, "RAY_ADDRESS": ray.gcs}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "step.json").read_text())
+    (one,) = told["rounds"]
+    assert told["overhead"] == pytest.approx(one["product"] / one["bare"] - 1)
+    assert set((home / "runs").iterdir()) == before, "nothing of it is left"

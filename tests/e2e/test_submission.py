@@ -197,6 +197,7 @@ class Terminal:
         return code
 
 
+@pytest.mark.long
 def test_a_stopped_job_saves_and_the_same_command_goes_on(laptop: Laptop) -> None:
     training, command = Training(laptop.ray, laptop.home, "mine"), ("jobs/train_bct.py", "--config", "mine.yaml")
     first = Terminal(laptop, *command)
@@ -241,6 +242,7 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(laptop: Laptop) -> Non
     assert set(training.losses()) == set(range(2, STEPS + 1, 2)), "each step once, by two attempts"
 
 
+@pytest.mark.long
 def test_the_documents_commands_print_what_stands_there(laptop: Laptop) -> None:
     environment = {**laptop.environment, "PATH": f"{BIN}:{os.environ['PATH']}"}
     for step in steps_in(ROOT / "docs" / "jobs.md"):

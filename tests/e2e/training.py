@@ -72,6 +72,7 @@ class Training:
     name: str
     settings: tuple[str, ...] = ()
     launcher: list[str] = field(default_factory=lambda: [sys.executable])
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def log(self) -> str:
@@ -86,7 +87,7 @@ class Training:
         config.write_text(yaml.safe_dump(CONFIG))
         command = [*self.launcher, "jobs/train_bct.py", "--config", str(config)]
         command += [f"name={self.name}", *self.settings, *overrides]
-        environment = {**self.ray.environment, "RAY_ADDRESS": self.ray.gcs}
+        environment = {**self.ray.environment, "RAY_ADDRESS": self.ray.gcs, **self.variables}
         with (self.home / f"{self.name}.log").open("a") as log:
             command = self.ray.host.command(command)
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
