@@ -25,14 +25,15 @@ TOLD = "the pod is told to go"
 
 
 def own_node(client: GcsClient) -> str:
-    """The id, in hex, of the node that this pod is: in a pod, there is one of its host's name.
+    """The id, in hex, of the node that this pod is: a pod has a name of its own. The head, with its driver, stays.
 
     Raises:
         ClusterError: Ray knows none that is alive.
     """
     host = socket.gethostname()
     for node, info in client.get_all_node_info(timeout=10).items():
-        if info.node_manager_hostname == host and info.state == GcsNodeInfo.GcsNodeState.ALIVE:
+        alive = info.state == GcsNodeInfo.GcsNodeState.ALIVE
+        if alive and info.node_manager_hostname == host and not info.is_head_node:
             return str(node.hex())
     raise ClusterError(f"no node of the Ray cluster is {host}; it is gone, or has not joined yet")
 

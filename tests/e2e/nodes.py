@@ -9,16 +9,17 @@ from tests.e2e.cluster import PrivateRay
 from tests.e2e.servers import eventually
 
 KNOWN = (
-    "import sys; from ray._raylet import GcsClient; sys.exit(not GcsClient(address=sys.argv[1]).get_all_node_info())"
+    "import sys; from ray._raylet import GcsClient;"
+    "sys.exit(len(GcsClient(address=sys.argv[1]).get_all_node_info()) < int(sys.argv[2]))"
 )
 
 
-def ask(ray: PrivateRay, code: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of Python that is given the cluster's address."""
-    command = [sys.executable, "-c", code, ray.gcs]
+def ask(ray: PrivateRay, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python that is given the cluster's address, and arguments."""
+    command = [sys.executable, "-c", code, ray.gcs, *arguments]
     return subprocess.run(command, check=False, env=ray.environment, capture_output=True, text=True)
 
 
-def until_a_node_is_up(ray: PrivateRay) -> None:
-    """Return when the head's node is known."""
-    eventually(lambda: ask(ray, KNOWN).returncode == 0)
+def until_nodes_are_up(ray: PrivateRay, count: int = 1) -> None:
+    """Return when so many are known, the head among them."""
+    eventually(lambda: ask(ray, KNOWN, str(count)).returncode == 0)
