@@ -18,7 +18,6 @@ from PIL import Image
 
 from pipeline.vectors import read_vectors, vector_files
 from tests.e2e.cluster import PrivateRay, private_ray
-from tests.e2e.nodes import until_nodes_are_up
 from tests.kube.manifests import JOBS, ROOT, overlays, pods, rendered
 from tests.kube.policies import environment
 
@@ -70,7 +69,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ray(home: Path) -> Iterator[PrivateRay]:
     with private_ray(home) as running:
-        until_nodes_are_up(running)
         yield running
 
 

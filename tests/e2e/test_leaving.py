@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.workers.leaving import TOLD
-from tests.e2e.cluster import further_node, private_ray
-from tests.e2e.nodes import ask, until_nodes_are_up
+from tests.e2e.cluster import PrivateRay, further_node, private_ray
 from tests.e2e.servers import eventually
 from tests.kube.manifests import ROOT, overlays, ray_clusters, rendered
 
@@ -30,11 +29,13 @@ def test_a_pod_that_is_told_to_go_says_so_to_ray(tmp_path: Path) -> None:
     python, *line = container["lifecycle"]["preStop"]["exec"]["command"]
     assert python == "python"
     line[line.index("--wait") + 1] = "0"  # nothing is in training here
-    with private_ray(tmp_path) as ray:
-        until_nodes_are_up(ray)
-        with further_node(ray):
-            until_nodes_are_up(ray, 2)
-            given = {**ray.environment, "RAY_ADDRESS": ray.gcs, "PYTHONPATH": str(ROOT)}
-            subprocess.run([sys.executable, *line], check=True, env=given, cwd=ROOT)
-            gone = {"head up", f"worker {TOLD}"}
-            eventually(lambda: set(ask(ray, NODES).stdout.splitlines()) == gone, lambda: ask(ray, NODES).stdout)
+    with private_ray(tmp_path) as ray, further_node(ray):
+        given = {**ray.environment, "RAY_ADDRESS": ray.gcs, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *line], check=True, env=given, cwd=ROOT)
+        gone = {"head up", f"worker {TOLD}"}
+        eventually(lambda: set(nodes_of(ray)) == gone, lambda: str(nodes_of(ray)))
+
+
+def nodes_of(ray: PrivateRay) -> list[str]:
+    command = [sys.executable, "-c", NODES, ray.gcs]
+    return subprocess.run(command, check=False, env=ray.environment, capture_output=True, text=True).stdout.splitlines()
