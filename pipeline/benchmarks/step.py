@@ -46,6 +46,7 @@ class StepBenchmark(Config):
 
     config: str = Field("configs/quickstart.yaml", description="of a run whose data are there")
     generation: str = Field("v2-paragon", description="of the run, without parents; it is trained anew, and removed")
+    workers: int | None = Field(None, ge=1, description="training processes; none: as many as the run has")
     steps: int = Field(300, ge=40, description="of each side in a round")
     every: int = Field(10, ge=1, description="steps of a measurement; the first two are left out")
     rounds: int = Field(3, ge=1, description="of both sides in turns; medians are told")
@@ -104,7 +105,9 @@ def _run_config(config: StepBenchmark) -> RunConfig:
         update={"steps": config.steps, "log_every": config.every, "checkpoints": checkpoints}
     )
     only = {config.generation: generation.model_copy(update={"training": training, "paragon_of": None})}
-    return whole.model_copy(update={"name": f"benchmark-{uuid.uuid4().hex[:8]}", "generations": only})
+    workers = whole.cluster.model_copy(update={"workers": config.workers or whole.cluster.workers})
+    name = f"benchmark-{uuid.uuid4().hex[:8]}"
+    return whole.model_copy(update={"name": name, "generations": only, "cluster": workers})
 
 
 def _step_ms(samples_per_s: list[float], config: StepBenchmark, run: RunConfig) -> float:
