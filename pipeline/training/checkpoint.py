@@ -53,6 +53,7 @@ class Checkpoints:
     def __init__(self, config: CheckpointConfig, config_digest: str) -> None:
         self.config, self.config_digest = config, config_digest
         self.origin, self.claim = Origin(), ""
+        self._held: str | None = None  # the place that is claimed
         self.taken_at: float | None = None
         self._staging = Staging()
         self._pending: _Pending | None = None
@@ -103,7 +104,7 @@ class Checkpoints:
                 origin=self.origin,
                 counters=counted,
             )
-            if self.claim:
+            if place.where == self._held:
                 place.check_claim(self.config_digest, self.claim)
             place.commit(record)
             self._tidy(place, step)
@@ -156,6 +157,7 @@ class Checkpoints:
         self.join()
         place = Place(where)
         told = self._take_over(place) if dist.get_rank() == 0 else None
+        self._held = place.where
         self.claim, found = cast(tuple[str, list[CheckpointRecord | DamagedError]], self._agreed(told))
         for number, one in enumerate(found):
             wrong = one if isinstance(one, DamagedError) else self._load(place, one, state)

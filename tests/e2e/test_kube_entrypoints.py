@@ -34,6 +34,7 @@ TINY = {
     "cluster": {"workers": 2},
 }
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]

@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "profile": {"start": 20, "steps": 2},
 }
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.timeout(600),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
