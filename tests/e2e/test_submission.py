@@ -28,11 +28,11 @@ from tests.e2e.training import CONFIG, Training, workers_of, write_images
 from tests.e2e.walkthrough import differing, steps_in
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 240
+PATIENCE_S = 480
 STEPS, EVERY = 2000, 50  # enough that a run is stopped before its end, however fast the machine
 RAYS_STYLE = re.compile(r"\x1b\[\d+m|^\S+ \S+\s+(?:INFO|SUCC) \S+ -- ")  # colours, and where in its code
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
 LOOK = """
