@@ -63,7 +63,7 @@ class Trainer:
     Attributes:
         pulse: the phase of the step that this rank is in.
         kept: tensors of the loop's that checkpoints hold too, by name; `restore` fills them in place.
-        listen: what this rank has been asked; heard once in each micro-batch.
+        listen: what this rank has been asked; heard once a step.
         wish: the strongest of what any rank has been asked, as of the last step.
         sound_here: whether the last step's losses and features' gradients were finite on this very rank.
 
@@ -105,7 +105,7 @@ class Trainer:
         self.mesh = ClassMesh.of_world(device.type, classifier.shard_ranks)
         self.pulse, self.sound_here = Pulse(), True
         self.listen: Listen = listen_to_nobody
-        self.wish = Wish.GO_ON
+        self.wish = self._asked = Wish.GO_ON
         self.kept: dict[str, Tensor] = {}
         self.parts = micro_parts(training.global_batch, training.accumulation, self.mesh.ranks)
         views = view_parents(parents, compat, identities, margin, self.mesh, device, images_of)
@@ -176,7 +176,7 @@ class Trainer:
         weight_L = weight_L.to(self.device)
         total_L, sizes = torch.zeros_like(weight_L), [parts[self.rank] for parts in self.parts]
         self.engine.begin()
-        self.wish = Wish.GO_ON
+        self.wish, self._asked = Wish.GO_ON, self.listen()
         for micro, (images, labels) in enumerate(
             zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
         ):
@@ -211,7 +211,7 @@ class Trainer:
             gradients = torch.autograd.grad((losses_L * weight_L).sum(), learned)
             loss = torch.stack([(a * b).sum() for a, b in zip(learned, gradients, strict=True)]).sum()
             with part("other"):
-                self.sound_here, sound, wish = all_finite([losses_L.detach(), *gradients], self.listen())
+                self.sound_here, sound, wish = all_finite([losses_L.detach(), *gradients], self._asked)
         self.wish = max(self.wish, wish)
         return losses_L.detach(), loss, sound
 
