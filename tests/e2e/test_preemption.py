@@ -177,6 +177,7 @@ def test_driver_that_is_killed_around_the_registration_completes_it(cluster: Clu
 
 
 def test_too_few_nodes_are_told_before_workers_are_asked_and_waited_for_in_a_run(cluster: Cluster) -> None:
+    cluster.second.kill()  # it is gone already, unless this test runs alone
     while len(node_ids(cluster.ray)) > 1:  # bounded by pytest's timeout
         time.sleep(0.5)
     few = Training(cluster.ray, cluster.home, "few")
