@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import uuid
@@ -28,12 +29,13 @@ from pipeline.config import RunConfig, load_config
 from pipeline.data.manifest import FILE_NAME
 from pipeline.data.store_metadata import metadata_folder
 from pipeline.errors import ConfigError
-from pipeline.family import Member, train_missing
+from pipeline.family import train_missing
 from pipeline.identities import IdentityTable
 from pipeline.model.rows import batch_parts
 from pipeline.plan import Plan
 from pipeline.registry import Registry
 from pipeline.schema import Config
+from pipeline.tracking.journal import Journal
 from pipeline.workers.config import THREADS
 from pipeline.workers.rank import make_trainer
 
@@ -67,7 +69,7 @@ def measure_step(config: StepBenchmark, progress: Callable[[str], None]) -> dict
     try:
         for number in range(1, config.rounds + 1):
             progress(f"round {number} of {config.rounds}: the product")
-            plan, speeds = _product(run, config)
+            plan, speeds = _product(run)
             product.append(_step_ms(speeds, config, run))
             progress(f"round {number} of {config.rounds}: bare")
             bare.append(_step_ms(_bare(plan, config), config, run))
@@ -115,7 +117,7 @@ def _step_ms(samples_per_s: list[float], config: StepBenchmark, run: RunConfig) 
     return 1e3 * batch / statistics.median(samples_per_s[2:])
 
 
-def _product(run: RunConfig, config: StepBenchmark) -> tuple[Plan, list[float]]:
+def _product(run: RunConfig) -> tuple[Plan, list[float]]:
     """Train as the job does, and read the speed that it has recorded of each measurement."""
     kept: list[Plan] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -126,9 +128,8 @@ def _product(run: RunConfig, config: StepBenchmark) -> tuple[Plan, list[float]]:
             cluster.train_generations(plans, lambda *_: None)
 
         train_missing(run, registry, train)
-        lines = Member(run, config.generation, registry).journal.read_text().splitlines()
-    told = [json.loads(line)["metrics"] for line in lines]
-    return kept[0], [metrics[SPEED] for metrics in told if SPEED in metrics]
+    told, _ = Journal(kept[0].journal).read(0, sys.maxsize)
+    return kept[0], [one.value for one in told if one.key == SPEED]
 
 
 def _bare(plan: Plan, config: StepBenchmark) -> list[float]:

@@ -176,7 +176,7 @@ class Trainer:
         weight_L = weight_L.to(self.device)
         total_L, sizes = torch.zeros_like(weight_L), [parts[self.rank] for parts in self.parts]
         self.engine.begin()
-        self.wish, self._asked = Wish.GO_ON, self.listen()
+        self._asked = self.listen()  # once a step, so that its micro-batches agree
         for micro, (images, labels) in enumerate(
             zip(torch.split(images_bCHW, sizes), torch.split(labels_b, sizes), strict=True)
         ):
@@ -211,8 +211,7 @@ class Trainer:
             gradients = torch.autograd.grad((losses_L * weight_L).sum(), learned)
             loss = torch.stack([(a * b).sum() for a, b in zip(learned, gradients, strict=True)]).sum()
             with part("other"):
-                self.sound_here, sound, wish = all_finite([losses_L.detach(), *gradients], self._asked)
-        self.wish = max(self.wish, wish)
+                self.sound_here, sound, self.wish = all_finite([losses_L.detach(), *gradients], self._asked)
         return losses_L.detach(), loss, sound
 
     def _guide(self, images_bCHW: Tensor) -> Tensor:
