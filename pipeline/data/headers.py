@@ -22,24 +22,24 @@ _PIXELS_BEGIN = frozenset({0xD9, 0xDA})
 
 def too_large(raw: bytes) -> str | None:
     """Why an image is not decoded anywhere: it claims more pixels than Pillow decodes; None: it does not."""
-    pixels = claimed_pixels(raw)
+    width, height = claimed_size(raw)
+    pixels = width * height
     return f"too large: it claims {pixels:,} pixels, more than {PILLOW_LIMIT:,}" if pixels > PILLOW_LIMIT else None
 
 
-def claimed_pixels(raw: bytes) -> int:
-    """Width x height by the header of an encoded image; 0 where no header is found, so that no decoder finds one."""
+def claimed_size(raw: bytes) -> tuple[int, int]:
+    """Width and height by the header of an encoded image; (0, 0) where none is found, so that no decoder finds one."""
     try:
         if raw[:8] == _PNG:
             width, height = struct.unpack_from(">II", raw, 16)
-        elif raw[:2] == b"\xff\xd8":
-            width, height = _jpeg(raw)
-        elif raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
-            width, height = _webp(raw)
-        else:
-            width, height = _other(raw)
+            return width, height
+        if raw[:2] == b"\xff\xd8":
+            return _jpeg(raw)
+        if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
+            return _webp(raw)
+        return _other(raw)
     except struct.error:  # it ends within its header
-        return 0
-    return int(width * height)
+        return 0, 0
 
 
 def _jpeg(raw: bytes) -> tuple[int, int]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.balanced import order_of
-from pipeline.data.decoding import Decoder, NotDecodedError, dali_refuses
+from pipeline.data.dali_graph import dali_refuses
+from pipeline.data.decoding import Decoder, NotDecodedError
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import Ints, OrderConfig, batch_positions, resume_step
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig, draw_parameters

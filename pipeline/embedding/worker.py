@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.decoding import Decoder, NotDecodedError, dali_refuses
+from pipeline.data.dali_graph import dali_refuses
+from pipeline.data.decoding import Decoder, NotDecodedError
 from pipeline.data.preprocess import AugmentConfig, PreprocessConfig
 from pipeline.data.reading import Work, pillow_refuses
 from pipeline.data.sources import Reject

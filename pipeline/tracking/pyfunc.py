@@ -137,7 +137,7 @@ class Embedder:
 
 
 def _first_bad(raws: Sequence[bytes], first: int) -> str | None:
-    from pipeline.data.decoding import dali_refuses
+    from pipeline.data.dali_graph import dali_refuses
     from pipeline.data.reading import pillow_refuses
 
     for place, raw in enumerate(raws, first):

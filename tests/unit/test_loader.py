@@ -1,7 +1,11 @@
 """The loader against NumPy and Pillow: which samples, in which order, with which pixels."""
 
+import gc
 import io
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 
 from pipeline.data.catalogue import Records
+from pipeline.data.decoding import STARVED
 from pipeline.data.finishing import describe, describe_shard
 from pipeline.data.loader import Batch, TrainingLoader, iterate_images
 from pipeline.data.manifest import Manifest, ShardEntry
@@ -231,6 +236,33 @@ def test_handed_out_batches_are_not_overwritten(grey: DataSet) -> None:
         kept.append(batch.images_BCHW)
         copies.append(batch.images_BCHW.clone())
     assert all(torch.equal(one, two) for one, two in zip(kept, copies, strict=True))
+
+
+def policies() -> set[int]:
+    """How the threads that decode are scheduled."""
+    threads = [one for one in Path("/proc/self/task").iterdir() if (one / "comm").read_text().startswith("[DALI]")]
+    return {os.sched_getscheduler(int(one.name)) for one in threads}
+
+
+def test_decoding_gives_way_until_others_take_every_processor(grey: DataSet) -> None:
+    gc.collect()  # decoders of other tests
+    undisturbed = take(grey.loader(global_batch=51), 4 * STARVED)
+    batches = iter(grey.loader(global_batch=51))
+    disturbed = [next(batches)]
+    assert policies() == {os.SCHED_IDLE}
+    everywhere, one = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {one})
+    busy = subprocess.Popen(["taskset", "-c", str(one), sys.executable, "-c", "while True: pass"])
+    try:
+        disturbed += islice(batches, 4 * STARVED - 1)
+        assert policies() == {os.SCHED_OTHER}
+    finally:
+        busy.kill()
+        busy.wait()
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), everywhere)
+    assert same(disturbed, undisturbed)
 
 
 def test_a_run_on_some_identities_labels_by_its_own_table(grey: DataSet) -> None:
