@@ -23,11 +23,11 @@ from pipeline import logs
 from pipeline.console import say
 from pipeline.errors import ClusterError, StoppedError
 from pipeline.plan import Plan
-from pipeline.redaction import redacted
+from pipeline.redaction import in_short
 from pipeline.termination import on_sigterm
 from pipeline.workers.board import Board, Ear, heed_sigterm
 from pipeline.workers.config import THREADS
-from pipeline.workers.failures import in_short, users_mistake, waited_in_vain
+from pipeline.workers.failures import last_words, users_mistake, waited_in_vain
 from pipeline.workers.foreman import Foreman, Progress
 from pipeline.workers.interface import speak_on_rays_network
 from pipeline.workers.observers import Poster, Silence
@@ -53,7 +53,7 @@ def connect() -> None:
         variables = {"env_vars": THREADS | logs.environment()}
         ray.init(ray_address(), runtime_env=variables, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # noqa: BLE001  where it cannot start, Ray raises just that
-        raise ClusterError(f"Ray cannot be reached: {redacted(' '.join(str(error).split()))[:300]}") from None
+        raise ClusterError(f"Ray cannot be reached: {in_short(error)}") from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray has set its own, which knows nothing of checkpoints
 
@@ -130,10 +130,10 @@ def _train_until_sealed(plans: Sequence[Plan], board: Any, foreman: Foreman, nam
         except ray.train.TrainingFailedError as error:
             if mistake := users_mistake(error):
                 raise mistake from None
-            told, vain = f"workers failed ({in_short(error)})", waited_in_vain(error)
+            told, vain = f"workers failed ({last_words(error)})", waited_in_vain(error)
             failures = (0 if foreman.got_further() else failures) + (not vain)
             if failures > cluster.max_failures and not foreman.terminated:
-                raise ClusterError(f"training {names} failed {failures} times; last: {in_short(error)}") from error
+                raise ClusterError(f"training {names} failed {failures} times; last: {last_words(error)}") from error
             if vain:
                 foreman.ask_for_what_is_free()
         if foreman.terminated:

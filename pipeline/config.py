@@ -30,7 +30,7 @@ from pipeline.mistakes import mistakes
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.margins import MarginConfig
-from pipeline.redaction import redacted, without_secret
+from pipeline.redaction import in_short, redacted, without_secret
 from pipeline.schema import Config
 from pipeline.tracking.store import TrackingConfig
 from pipeline.training.trainer import TrainingConfig
@@ -270,8 +270,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        told = redacted(" ".join(str(error).split()))
-        raise ConfigError(f"override {redacted(override)!r}: its value is no YAML: {told}") from None
+        raise ConfigError(f"override {redacted(override)!r}: its value is no YAML: {in_short(error)}") from None
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

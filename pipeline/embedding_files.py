@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
 from pipeline.parquet import open_parquet, read_parquet
+from pipeline.redaction import in_short
 
 KEY, IDENTITY, VECTOR = "key", "identity", "vector"
 ROWS = 1 << 14  # at a time
@@ -140,8 +141,7 @@ class EmbeddingFile:
         except FileNotFoundError:
             raise DataError(f"{self.path} is missing; give a Parquet file of embeddings") from None
         except (pa.ArrowException, OSError) as error:
-            told = " ".join(str(error).split())
-            raise DataError(f"{self.path} cannot be read as Parquet: {told}") from None
+            raise DataError(f"{self.path} cannot be read as Parquet: {in_short(error)}") from None
 
 
 def repeated(names: pa.Array | pa.ChunkedArray) -> str | None:

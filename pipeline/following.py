@@ -10,7 +10,8 @@ from typing import Any, Self
 from pipeline.console import Show, bar, say
 from pipeline.errors import ClusterError
 from pipeline.progress import parsed
-from pipeline.submission import FAILURES, Attempt, Submitter, in_short
+from pipeline.redaction import in_short
+from pipeline.submission import FAILURES, Attempt, Submitter
 
 PATIENCE_S = 60.0  # without an answer of the cluster, before the job is left to itself
 LOOK_S = 1.0

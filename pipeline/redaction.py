@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+LONGEST = 300  # characters of another library's words
 _HIDDEN = "***"
 # A password ends at the last @ before white space or a quote: one that was not encoded may hold / and @. A port that a
 # slash follows is none.
@@ -19,6 +20,17 @@ def redacted(text: str) -> str:
     text = _PASSWORD.sub(rf"//\1:{_HIDDEN}@", text)
     text = _TOKEN.sub(rf"\1{_HIDDEN}@", text)
     return _QUERY.sub(rf"\1{_HIDDEN}", text)
+
+
+def in_short(error: BaseException) -> str:
+    """An error's words in one line; its type, where it has none."""
+    return redacted(" ".join(str(error).split()))[:LONGEST] or type(error).__name__
+
+
+def with_kind(error: BaseException) -> str:
+    """An error's type and words in one line."""
+    kind = type(error).__name__
+    return kind if (words := in_short(error)) == kind else f"{kind}: {words}"
 
 
 def without_secret(uri: str) -> str:

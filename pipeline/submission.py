@@ -23,7 +23,7 @@ from pipeline.config import load_config
 from pipeline.console import say
 from pipeline.errors import ClusterError, ConfigError, StoppedError
 from pipeline.progress import ASKED
-from pipeline.redaction import redacted
+from pipeline.redaction import in_short
 
 # Ray kills what it has told to stop after three seconds: too few for a checkpoint (cluster.preemption_deadline_s).
 STOP_S = 60
@@ -158,11 +158,6 @@ def code_of(attempt: Attempt) -> int:
     if attempt.exit_code is not None:
         return attempt.exit_code
     return StoppedError.exit_code if attempt.status == JobStatus.STOPPED else 1
-
-
-def in_short(error: BaseException) -> str:
-    """An error's words in one line."""
-    return redacted(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def _told(ask: Callable[[], Any]) -> Any:

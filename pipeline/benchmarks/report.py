@@ -85,7 +85,7 @@ def _step(result: dict[str, Any]) -> str:
     rounds = ", ".join(f"{one['product'] / one['bare'] - 1:+.1%}" for one in result["rounds"])
     return (
         f"a step takes {times['product']:.1f} ms, bare {times['bare']:.1f} ms: overhead {result['overhead']:+.1%} "
-        f"(rounds: {rounds})"
+        f"(rounds: {rounds}); of that the loader {result['overhead_of_loader']:+.1%}"
     )
 
 

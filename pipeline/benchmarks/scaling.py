@@ -25,10 +25,10 @@ from pipeline.benchmarks.measure import GIB, free_bytes, machine
 from pipeline.compat.methods.bct import Bct
 from pipeline.errors import ConfigError
 from pipeline.identities import IdentityTable
+from pipeline.model.backbone_cost import count_backbone
 from pipeline.model.backbones import BackboneConfig
 from pipeline.model.classifier import ClassifierConfig
 from pipeline.model.margins import MarginConfig
-from pipeline.planning.backbone import count_backbone
 from pipeline.schema import Config
 from pipeline.training.optimiser import OptimiserConfig
 from pipeline.training.trainer import Trainer, TrainingConfig

@@ -1,7 +1,8 @@
 """What Ray, the loader and tracking add to a training step: the product beside a bare loop over made-up tensors.
 
-Both sides have the same number of processes, model, classifier and optimiser. The bare one is started without Ray, and
-does nothing but `Trainer.step`.
+All sides have the same number of processes, model, classifier and optimiser. The bare one is started without Ray, and
+does nothing but `Trainer.step`. A third one, `fed`, is the bare one over the loader's batches: what is left of the
+overhead is Ray's and the tracking's.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from pipeline import cluster
 from pipeline.benchmarks.measure import machine
 from pipeline.config import RunConfig, load_config
-from pipeline.data.manifest import FILE_NAME
+from pipeline.data.manifest import FILE_NAME, Manifest
+from pipeline.data.store import open_store
 from pipeline.data.store_metadata import metadata_folder
 from pipeline.errors import ConfigError
 from pipeline.family import train_missing
@@ -37,7 +42,7 @@ from pipeline.registry import Registry
 from pipeline.schema import Config
 from pipeline.tracking.journal import Journal
 from pipeline.workers.config import THREADS
-from pipeline.workers.rank import make_trainer
+from pipeline.workers.rank import make_loader, make_trainer
 
 POOL = 8  # made-up batches, taken in turns
 SPEED = "samples_per_s"
@@ -65,14 +70,16 @@ def measure_step(config: StepBenchmark, progress: Callable[[str], None]) -> dict
     """
     run = _run_config(config)
     os.environ.update(THREADS)
-    product, bare = [], []
+    rounds: list[dict[str, float]] = []
     try:
         for number in range(1, config.rounds + 1):
             progress(f"round {number} of {config.rounds}: the product")
             plan, speeds = _product(run)
-            product.append(_step_ms(speeds, config, run))
-            progress(f"round {number} of {config.rounds}: bare")
-            bare.append(_step_ms(_bare(plan, config), config, run))
+            ms = {"product": _step_ms(speeds, config, run)}
+            for side in ("bare", "fed"):
+                progress(f"round {number} of {config.rounds}: {side}")
+                ms[side] = _step_ms(_without_ray(plan, config, fed=side == "fed"), config, run)
+            rounds.append(ms)
             shutil.rmtree(run.folder)
     finally:
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -83,9 +90,10 @@ def measure_step(config: StepBenchmark, progress: Callable[[str], None]) -> dict
         "generation": config.generation,
         "workers": run.cluster.workers,
         "global_batch": run.generations[config.generation].training.global_batch,
-        "overhead": statistics.median(one / other - 1 for one, other in zip(product, bare, strict=True)),
-        "step_ms": {"product": statistics.median(product), "bare": statistics.median(bare)},
-        "rounds": [{"product": one, "bare": other} for one, other in zip(product, bare, strict=True)],
+        "overhead": statistics.median(ms["product"] / ms["bare"] - 1 for ms in rounds),
+        "overhead_of_loader": statistics.median(ms["fed"] / ms["bare"] - 1 for ms in rounds),
+        "step_ms": {side: statistics.median(ms[side] for ms in rounds) for side in rounds[0]},
+        "rounds": rounds,
     }
 
 
@@ -132,26 +140,25 @@ def _product(run: RunConfig) -> tuple[Plan, list[float]]:
     return kept[0], [one.value for one in told if one.key == SPEED]
 
 
-def _bare(plan: Plan, config: StepBenchmark) -> list[float]:
+def _without_ray(plan: Plan, config: StepBenchmark, fed: bool) -> list[float]:
+    """Samples a second of each measurement, over made-up tensors, or `fed` by the loader."""
+    ranks = plan.config.cluster.workers
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_bare_rank, (plan.config.cluster.workers, plan, config, Path(folder)), plan.config.cluster.workers)
+        spawn(_rank, (ranks, plan, config, fed, Path(folder)), ranks)
         speeds: list[float] = json.loads((Path(folder) / "speeds.json").read_text())
     return speeds
 
 
-def _bare_rank(rank: int, ranks: int, plan: Plan, config: StepBenchmark, folder: Path) -> None:
+def _rank(rank: int, ranks: int, plan: Plan, config: StepBenchmark, fed: bool, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     torch.set_num_threads(max(1, int(plan.config.cluster.cpus_per_worker)))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
-    identities, preprocess = IdentityTable.load(plan.identities), plan.config.preprocess
-    trainer = make_trainer(plan, identities, torch.device("cpu"))
-    samples = batch_parts(trainer.config.global_batch, ranks)[rank]
-    shape = (POOL, samples, preprocess.channels, preprocess.size, preprocess.size)
-    images = [one.contiguous(memory_format=torch.channels_last) for one in torch.randn(shape)]
-    labels = torch.randint(0, len(identities), (POOL, samples))
+    identities, cpu = IdentityTable.load(plan.identities), torch.device("cpu")
+    trainer = make_trainer(plan, identities, cpu)
+    batches = _batches(plan, identities, cpu) if fed else _made_up(plan, len(identities))
     speeds, began = [], time.perf_counter()
     for step in range(config.steps):
-        trainer.step(images[step % POOL], labels[step % POOL], step)
+        trainer.step(*next(batches), step)
         if (step + 1) % config.every == 0:
             now = time.perf_counter()
             speeds.append(config.every * trainer.config.global_batch / (now - began))
@@ -160,3 +167,20 @@ def _bare_rank(rank: int, ranks: int, plan: Plan, config: StepBenchmark, folder:
         (folder / "speeds.json").write_text(json.dumps(speeds))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _made_up(plan: Plan, identities: int) -> Iterator[tuple[Tensor, Tensor]]:
+    preprocess = plan.config.preprocess
+    global_batch = plan.config.generations[plan.record.name].training.global_batch
+    samples = batch_parts(global_batch, dist.get_world_size())[dist.get_rank()]
+    shape = (POOL, samples, preprocess.channels, preprocess.size, preprocess.size)
+    images = [one.contiguous(memory_format=torch.channels_last) for one in torch.randn(shape)]
+    return cycle(zip(images, torch.randint(0, identities, (POOL, samples)), strict=True))
+
+
+def _batches(plan: Plan, identities: IdentityTable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    stored = plan.config.data.store
+    manifest = Manifest.load(metadata_folder(plan.data, stored))
+    with closing(open_store(plan.data, manifest, stored)) as store:
+        for batch in make_loader(plan, manifest, identities, store, device, 0):
+            yield batch.images_BCHW, batch.labels_B

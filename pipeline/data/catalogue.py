@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pipeline.data.parsing import PARSING
 from pipeline.data.shards import ShardIndex
 from pipeline.errors import DataError
+from pipeline.redaction import in_short
 
 FILE_NAME = "catalogue.npy"
 # First byte of the image in its tar, its bytes, and its identity's row in the data set's table.
@@ -82,8 +83,7 @@ class Catalogue:
         except FileNotFoundError:
             raise DataError(f"catalogue {path} is missing; restore it, or delete the folder and pack again") from None
         except BROKEN as error:
-            told = " ".join(str(error).split())[:200]
-            raise DataError(f"catalogue {path} cannot be read: {told}; restore it, or pack again") from None
+            raise DataError(f"catalogue {path} cannot be read: {in_short(error)}; restore it, or pack again") from None
         expected = int(shard_samples.sum())
         if records.dtype != RECORD or records.shape != (expected,):
             raise DataError(f"catalogue {path} does not list the manifest's {expected} samples; pack again")

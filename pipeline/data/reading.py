@@ -28,6 +28,7 @@ from pipeline.data.preprocess import Draws
 from pipeline.data.store import LocalStore, ShardFiles
 from pipeline.errors import DataError
 from pipeline.identities import NO_ROW
+from pipeline.redaction import in_short
 
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)  # as Pillow raises
 
@@ -76,7 +77,7 @@ def pillow_refuses(raw: bytes) -> str | None:
         try:
             Image.open(io.BytesIO(raw)).load()
         except UNDECODABLE as error:
-            return " ".join(str(error).split()) or type(error).__name__
+            return in_short(error)
     return None
 
 

@@ -26,7 +26,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from pydantic import Field, field_validator
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.redaction import redacted
+from pipeline.redaction import redacted, with_kind
 from pipeline.schema import Config
 
 RANGE = 16 << 20  # bytes of one request: what is lost to a broken connection
@@ -184,11 +184,11 @@ class Remote:
                 if status == 404:
                     raise _MissingError(f"{where} cannot be read: {REASONS[404]}; upload it or mend the URL") from error
                 if isinstance(error, HOPELESS) or (status is not None and status < 500 and status not in PASSING):
-                    reason = REASONS.get(status or 0) or _one_line(error)
+                    reason = REASONS.get(status or 0) or with_kind(error)
                     raise DataError(f"{where} cannot be read: {reason}") from error
                 if pause is None:
                     raise DataError(
-                        f"{where} cannot be read, tried {self._config.retries + 1} times: {_one_line(error)}; "
+                        f"{where} cannot be read, tried {self._config.retries + 1} times: {with_kind(error)}; "
                         "see to the connection and the file, then start again"
                     ) from error
             self.pause(pause)
@@ -221,7 +221,7 @@ def _filesystem(url: str, config: StoreConfig) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"data at {url} cannot be reached: {_one_line(error)}") from None
+        raise ConfigError(f"data at {url} cannot be reached: {with_kind(error)}") from None
     filesystem.retries = 1
     return filesystem, str(path).rstrip("/")
 
@@ -252,7 +252,3 @@ def _status(error: BaseException) -> int | None:
     if isinstance(error, ClientError):
         return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
     return 404 if isinstance(error, FileNotFoundError) else 403 if isinstance(error, PermissionError) else None
-
-
-def _one_line(error: BaseException) -> str:
-    return redacted(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": "))

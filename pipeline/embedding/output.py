@@ -23,6 +23,7 @@ from pipeline.embedding.parts import Parts
 from pipeline.embedding_files import EmbeddingFile
 from pipeline.errors import DataError
 from pipeline.files import parse_json, write_json
+from pipeline.redaction import in_short
 from pipeline.schema import Config, digest_json
 from pipeline.stamp import Stamp
 from pipeline.vectors import Dtype, Vectors, read_stamp, write_vectors
@@ -178,7 +179,7 @@ class Output:
         try:
             return self._write(number, vectors, rejects)
         except OSError as error:
-            told = error.strerror or " ".join(str(error).split())
+            told = error.strerror or in_short(error)
             raise DataError(f"{self.file(number)} cannot be written: {told}; see to the disk, then run again") from None
 
     def _write(self, number: int, vectors: Vectors, rejects: Sequence[Reject]) -> PartRecord:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.model.backbone_cost import BackboneCost
 from pipeline.model.backbones import BackboneConfig
-from pipeline.planning.backbone import BackboneCost
 from pipeline.planning.calibration import assumed_rates, number, read
 from pipeline.planning.config import PlanConfig, Setting
 from pipeline.planning.speed import WAITING, seconds_of

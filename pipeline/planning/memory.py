@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from pipeline.model.backbone_cost import BackboneCost
 from pipeline.model.heads import STATISTICS
 from pipeline.model.implementations.blocked import tile_rows
 from pipeline.model.sampling import most_sampled
-from pipeline.planning.backbone import BackboneCost
 from pipeline.planning.calibration import Rates
 from pipeline.planning.config import GIB, PlanConfig, Setting, Share
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.model.backbone_cost import BackboneCost, count_backbone
 from pipeline.model.backbones import BackboneConfig
-from pipeline.planning.backbone import BackboneCost, count_backbone
 from pipeline.planning.calibration import Rates, assumed_rates
 from pipeline.planning.config import PlanConfig, Setting
 from pipeline.planning.speed import seconds_of

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
-from pipeline.planning.backbone import BackboneCost, count_backbone
+from pipeline.model.backbone_cost import BackboneCost, count_backbone
 from pipeline.planning.calibration import Rates
 from pipeline.planning.config import MOST_GPUS, PlanConfig
 from pipeline.planning.search import Estimate, best_of, nothing_fits

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
-from pipeline.planning.backbone import BackboneCost, count_backbone
+from pipeline.model.backbone_cost import BackboneCost, count_backbone
 from pipeline.planning.calibration import Rates
 from pipeline.planning.config import GIB, MOST_GPUS, SAMPLE_RATES, PlanConfig, Setting
 from pipeline.planning.memory import memory_of

@@ -6,11 +6,11 @@ the formulas and names what is assumed.
 
 from __future__ import annotations
 
+from pipeline.model.backbone_cost import BackboneCost
+from pipeline.model.flops import flops_of
 from pipeline.model.heads import STATISTICS
-from pipeline.planning.backbone import BackboneCost
 from pipeline.planning.calibration import Rates
 from pipeline.planning.config import PlanConfig, Setting, Share
-from pipeline.planning.flops import flops_of
 from pipeline.planning.memory import FP32, INT64, OPTIMISER_SLOTS
 
 # Items of `seconds_of` in which a GPU waits for others.

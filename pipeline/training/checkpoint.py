@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 from pipeline.console import say
 from pipeline.errors import TrainingError
+from pipeline.redaction import with_kind
 from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.checkpoint_files import Reader, Writer
 from pipeline.training.checkpoint_place import CheckpointRecord, DamagedError, FileEntry, Origin, Place, TakenOverError
@@ -201,7 +202,7 @@ class Checkpoints:
                 return DamagedError(f"step {record.step}: {cause}")
             raise TrainingError(
                 f"checkpoint of step {record.step} at {place.where} cannot be loaded on rank {rank}: "
-                f"{_one_line(cause)}; if other code wrote it, start over with --fresh"
+                f"{with_kind(cause)}; if other code wrote it, start over with --fresh"
             ) from error
         return None
 
@@ -213,7 +214,7 @@ class Checkpoints:
             for step in self.config.forgotten(saved, list(records)):
                 place.remove(records[step])
         except Exception as error:  # noqa: BLE001  each file system has its own classes
-            say(f"old checkpoints at {place.where} could not be removed: {_one_line(error)}")
+            say(f"old checkpoints at {place.where} could not be removed: {with_kind(error)}")
 
     def _tell_waiting(self, step: int) -> None:
         """Once, and on rank 0."""
@@ -234,7 +235,7 @@ class Checkpoints:
                 "the same name, or a part of the run that was believed lost: leave the other one alone"
             )
         return TrainingError(
-            f"checkpoint of step {step} could not be written on rank {rank}: {_one_line(cause)}; the one before it "
+            f"checkpoint of step {step} could not be written on rank {rank}: {with_kind(cause)}; the one before it "
             "stands: mend the place, and run again to go on from there"
         )
 
@@ -243,7 +244,3 @@ class Checkpoints:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -21,6 +21,7 @@ from pydantic import Field, StringConstraints
 
 from pipeline.errors import ConfigError
 from pipeline.files import parse_json, write_atomically, write_json
+from pipeline.redaction import in_short
 from pipeline.schema import Config
 
 RECORD = "checkpoint.json"
@@ -92,8 +93,7 @@ class Place:
         try:
             fs, root = fsspec.core.url_to_fs(self.where, skip_instance_cache=True, use_listings_cache=False)
         except (ValueError, ImportError) as error:
-            told = " ".join(str(error).split())
-            raise ConfigError(f"checkpoints at {self.where} cannot be reached: {told}") from None
+            raise ConfigError(f"checkpoints at {self.where} cannot be reached: {in_short(error)}") from None
         self.fs: Any = fs
         self.root = str(root).rstrip("/")
         self.local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))

@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 
 from pipeline.errors import ConfigError
+from pipeline.model.backbone_cost import count_backbone
+from pipeline.model.flops import flops_of
 from pipeline.parts import GpuClock, HostClock, Parts, listening
-from pipeline.planning.backbone import count_backbone
-from pipeline.planning.flops import flops_of
 from pipeline.schema import Config
 from pipeline.training.profiling import Tracer
 

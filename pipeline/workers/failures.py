@@ -25,7 +25,7 @@ def users_mistake(error: BaseException | None) -> PipelineError | None:
     return None
 
 
-def in_short(error: BaseException) -> str:
+def last_words(error: BaseException) -> str:
     """The last line that says something, of an error of many."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     told = next(iter(failures.values()), error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from pipeline.compat.views import ImagesOf
 from pipeline.data.loader import TrainingLoader, iterate_identities
 from pipeline.data.manifest import Manifest
 from pipeline.data.quarantine import Quarantine
-from pipeline.data.store import open_store
+from pipeline.data.store import ShardFiles, open_store
 from pipeline.data.store_metadata import metadata_folder
 from pipeline.generation import Generation
 from pipeline.identities import IdentityTable
@@ -47,46 +48,58 @@ def train_rank(plan: Plan, device: torch.device, observer: RankObserver, listen:
     Returns:
         Whether the artefact is sealed; if not, they were asked to stop, and have saved a checkpoint.
     """
-    config = plan.config
-    generation = config.generations[plan.record.name]
-    threads = max(1, int(config.cluster.cpus_per_worker))
-    torch.set_num_threads(threads)
-    folder = metadata_folder(plan.data, config.data.store)
+    config, folder = plan.config, metadata_folder(plan.data, plan.config.data.store)
+    torch.set_num_threads(_threads(plan))
     identities, manifest = IdentityTable.load(plan.identities), Manifest.load(folder)
     store = open_store(plan.data, manifest, config.data.store)
 
     def images_of(first_row: int, end_row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         part = (identities, first_row, end_row, config.preprocess, MEANS_BATCH)
-        return iterate_identities(folder, manifest, *part, threads=threads, device=device, store=store)
+        return iterate_identities(folder, manifest, *part, threads=_threads(plan), device=device, store=store)
 
     trainer = make_trainer(plan, identities, device, images_of)
-
-    def open_loader(start_step: int) -> TrainingLoader:
-        return TrainingLoader(
-            folder,
-            manifest,
-            identities,
-            config.preprocess,
-            generation.augment,
-            seed=generation.seed,
-            global_batch=generation.training.global_batch,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            order=config.data.order,
-            threads=threads,
-            device=device,
-            start_step=start_step,
-            store=store,
-            quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
-            patience_s=generation.training.guards.loader_timeout_s,
-        )
-
+    open_loader = partial(make_loader, plan, manifest, identities, store, device)
     logs.take_place(config.name, plan.record.name, dist.get_rank(), lambda: trainer.pulse.step)
     telemetry = Telemetry(observer.measured, plan.quarantine.parent / "traces")
     with closing(store):
         places = (plan.checkpoints, plan.destination)
         told = (listen, telemetry)
         return train(trainer, open_loader, observer, *places, plan.record, identities, plan.quarantine, *told)
+
+
+def make_loader(
+    plan: Plan, manifest: Manifest, identities: IdentityTable, store: ShardFiles, device: torch.device, start_step: int
+) -> TrainingLoader:
+    """This rank's batches of a plan's training.
+
+    Args:
+        plan: the same on all ranks.
+        manifest: of the plan's data.
+        identities: the plan's table.
+        store: of the data's shards.
+        device: of this rank.
+        start_step: the first batch's number.
+    """
+    config = plan.config
+    generation = config.generations[plan.record.name]
+    return TrainingLoader(
+        metadata_folder(plan.data, config.data.store),
+        manifest,
+        identities,
+        config.preprocess,
+        generation.augment,
+        seed=generation.seed,
+        global_batch=generation.training.global_batch,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        order=config.data.order,
+        threads=_threads(plan),
+        device=device,
+        start_step=start_step,
+        store=store,
+        quarantine=Quarantine(plan.quarantine, dist.get_rank(), config.data.quarantine_limit),
+        patience_s=generation.training.guards.loader_timeout_s,
+    )
 
 
 def make_trainer(
@@ -120,3 +133,7 @@ def make_trainer(
         device,
         images_of,
     )
+
+
+def _threads(plan: Plan) -> int:
+    return max(1, int(plan.config.cluster.cpus_per_worker))

@@ -14,10 +14,10 @@ import torch
 from pipeline.compat.methods.bct import Bct
 from pipeline.config import load_config
 from pipeline.generation import Generation
+from pipeline.model.backbone_cost import count_backbone
 from pipeline.model.classifier import ClassifierConfig
+from pipeline.model.flops import flops_of
 from pipeline.parts import PARTS
-from pipeline.planning.backbone import count_backbone
-from pipeline.planning.flops import flops_of
 from pipeline.training.checkpoint_config import CheckpointConfig
 from pipeline.training.loop import train
 from pipeline.training.meter import ObserveConfig, Telemetry

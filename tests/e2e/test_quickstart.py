@@ -266,4 +266,5 @@ def test_step_is_measured_beside_a_bare_one(
     told = json.loads((tmp_path / "step.json").read_text())
     (one,) = told["rounds"]
     assert told["overhead"] == pytest.approx(one["product"] / one["bare"] - 1)
+    assert told["overhead_of_loader"] == pytest.approx(one["fed"] / one["bare"] - 1)
     assert set((home / "runs").iterdir()) == before, "nothing of it is left"

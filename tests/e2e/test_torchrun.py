@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -11,17 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
-from PIL import Image
 
-from pipeline.data.finishing import write_data_set
-from pipeline.data.sources import Sample
-from pipeline.identities import IdentityTable
 from tests.e2e.cluster import BIN
+from tests.e2e.training import write_images
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
@@ -49,15 +44,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    rng, table = np.random.default_rng(1), IdentityTable(tuple(f"id-{number}" for number in range(10)))
-
-    def samples() -> Iterator[Sample]:
-        for number in range(160):
-            out = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(out, "png")
-            yield Sample(f"s{number:03d}", out.getvalue(), "png", f"id-{number % 10}", {})
-
-    write_data_set(home / "data" / "train", "made by hand", table, [list(samples())])
+    write_images(home)
     (home / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     return home
 

@@ -14,9 +14,9 @@ import pytest
 
 from jobs.plan import main
 from pipeline.errors import ConfigError
+from pipeline.model import backbone_cost as backbone_module
+from pipeline.model.backbone_cost import BackboneCost, count_backbone
 from pipeline.model.backbones import BackboneConfig
-from pipeline.planning import backbone as backbone_module
-from pipeline.planning.backbone import BackboneCost, count_backbone
 from pipeline.planning.calibration import Rates, assumed_rates, benchmark_rates
 from pipeline.planning.config import GIB, PlanConfig, Setting
 from pipeline.planning.memory import memory_of

@@ -13,8 +13,8 @@ import pytest
 
 from jobs.plan import main
 from pipeline.errors import ConfigError
+from pipeline.model.backbone_cost import BackboneCost, count_backbone
 from pipeline.model.backbones import BackboneConfig
-from pipeline.planning.backbone import BackboneCost, count_backbone
 from pipeline.planning.calibration import Rates, assumed_rates
 from pipeline.planning.config import PlanConfig, Setting
 from pipeline.planning.links import Links

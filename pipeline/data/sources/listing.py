@@ -22,6 +22,7 @@ from pipeline.data.sources.base import EXTENSIONS, Reject, Sample, folder_key
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
 from pipeline.parquet import open_parquet
+from pipeline.redaction import in_short
 from pipeline.schema import Config, digest_json
 
 MISSING = "file is missing"
@@ -149,7 +150,7 @@ class ListSource:
             with _parquet(self.path) as file:
                 return file.read_row_group(part, columns)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"list {self.path}: row group {part} cannot be read: {_line(error)}; mend it") from None
+            raise DataError(f"list {self.path}: row group {part} cannot be read: {in_short(error)}; mend it") from None
 
     def _survey(self) -> str:
         """Sha256 over size and modification time of every file."""
@@ -191,20 +192,16 @@ def _read_csv(path: Path) -> pa.Table:
         parse = pa.csv.ParseOptions(newlines_in_values=True)
         return pa.csv.read_csv(path, convert_options=convert, parse_options=parse)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"list {path} cannot be read: {_line(error)}; give a .csv with a header") from None
+        raise DataError(f"list {path} cannot be read: {in_short(error)}; give a .csv with a header") from None
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
     try:
         return open_parquet(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"list {path} cannot be read: {_line(error)}; give a Parquet file") from None
+        raise DataError(f"list {path} cannot be read: {in_short(error)}; give a Parquet file") from None
 
 
 def _text(value: Any) -> str:
     """A cell as text, empty if there is nothing in it."""
     return "" if value is None else str(value)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -22,6 +22,7 @@ from pydantic import Field
 from pipeline.data.sources.base import Reject, Sample
 from pipeline.errors import DataError
 from pipeline.files import file_sha256
+from pipeline.redaction import in_short
 from pipeline.schema import Config, digest_json
 
 MAGIC = 0xCED7230A
@@ -184,8 +185,7 @@ def _read_index(path: Path) -> Ints:
         )
         places = np.stack([table[name].to_numpy() for name in kinds], axis=1)
     except (pa.ArrowException, OSError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise DataError(f"index {path} is malformed: {what}; fetch it again, or delete it") from None
+        raise DataError(f"index {path} is malformed: {in_short(error)}; fetch it again, or delete it") from None
     if table["number"].null_count or table["offset"].null_count or (places < 0).any():
         raise DataError(f"index {path} has an empty or negative entry; fetch it again, or delete it")
     if len(np.unique(places[:, 0])) != len(places):

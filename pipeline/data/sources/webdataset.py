@@ -15,6 +15,7 @@ from pipeline.data.sources.base import Reject, Sample, folder_key
 from pipeline.data.sources.components import IMAGES, Component
 from pipeline.errors import DataError
 from pipeline.files import parse_json
+from pipeline.redaction import in_short
 from pipeline.schema import Config, digest_json
 
 NOT_PLAIN = "link, device or sparse file in the tar"
@@ -153,8 +154,9 @@ def _members(tar: Path) -> Iterator[tuple[str, Component, str | None]]:
                 yield key, Component(extension, member.offset_data, member.size, member.name), _refusal(member)
             _check_end(tar, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
-        what = " ".join(str(error).split())
-        raise DataError(f"tar {tar} is cut off, broken or compressed: {what}; fetch it again, or unpack it") from None
+        raise DataError(
+            f"tar {tar} is cut off, broken or compressed: {in_short(error)}; fetch it again, or unpack it"
+        ) from None
 
 
 def _refusal(member: tarfile.TarInfo) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DataError
+from pipeline.redaction import in_short
 
 MALFORMED = (
     pickle.UnpicklingError,
@@ -125,7 +126,7 @@ def load_pickled(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except MALFORMED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_short(error)
         raise DataError(
             f"{path} is no pickle of images and booleans, or is cut off ({reason[:120]}); fetch it again"
         ) from None
