@@ -24,6 +24,7 @@ import yaml
 from pipeline.progress import PREFIX
 from pipeline.workers.foreman import POLL_S
 from tests.e2e.cluster import BIN, PrivateRay, private_ray
+from tests.e2e.relay import relay
 from tests.e2e.training import CONFIG, Training, workers_of, write_images
 from tests.e2e.walkthrough import differing, steps_in
 
@@ -39,6 +40,13 @@ LOOK = """
 import json, os, pathlib
 files = sorted(str(path) for path in pathlib.Path().rglob("*") if path.is_file())
 print("SEEN", json.dumps({"files": files, "home": os.environ.get("BCT_HOME"), "here": os.getcwd()}))
+"""
+
+COUNT = """
+import time
+for number in range(120):
+    print("COUNTED", number, flush=True)
+    time.sleep(0.1)
 """
 
 
@@ -88,6 +96,7 @@ def laptop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
     mine["generations"]["v1"]["training"] |= {"steps": STEPS, "checkpoints": {"every": EVERY}}
     (folder / "mine.yaml").write_text(yaml.safe_dump(mine))
     (folder / "look.py").write_text(LOOK)
+    (folder / "count.py").write_text(COUNT)
     for left in (
         "data/train/shard.tar",
         "runs/old/report.json",
@@ -174,10 +183,10 @@ def held(ray: PrivateRay) -> Iterator[None]:
 class Terminal:
     """A submitter's terminal, and all that is written to it."""
 
-    def __init__(self, laptop: Laptop, *words: str) -> None:
+    def __init__(self, laptop: Laptop, *words: str, **variables: str) -> None:
         ours, theirs = pty.openpty()
         command = [sys.executable, "jobs/submit.py", *words]
-        environment = {**laptop.environment, "TERM": "xterm", "COLUMNS": "120"}
+        environment = {**laptop.environment, "TERM": "xterm", "COLUMNS": "120", **variables}
         self.process = subprocess.Popen(command, cwd=laptop.folder, env=environment, stdout=theirs, stderr=theirs)
         os.close(theirs)
         self.shown, self.end = "", ours
@@ -195,6 +204,25 @@ class Terminal:
         code = self.process.wait(PATIENCE_S)
         self.reader.join()
         return code
+
+
+@pytest.mark.long
+def test_a_lost_connection_is_made_again_and_no_line_is_lost_or_shown_twice(laptop: Laptop) -> None:
+    with relay(laptop.ray.dashboard) as wire:
+        follows = Terminal(laptop, "count.py", RAY_ADDRESS=wire.url)
+        end = time.monotonic() + PATIENCE_S
+        while "COUNTED 20" not in follows.shown:
+            assert follows.process.poll() is None, follows.shown
+            assert time.monotonic() < end, follows.shown
+            time.sleep(0.05)
+        wire.cut()
+        time.sleep(3)  # the job counts on
+        assert "COUNTED 119" not in follows.shown
+        wire.mend()
+        assert follows.code() == 0, follows.shown
+    counted = [int(number) for number in re.findall(r"COUNTED (\d+)", follows.shown)]
+    assert counted == list(range(120))
+    assert "count-1: succeeded, exit code 0" in follows.shown
 
 
 @pytest.mark.long
