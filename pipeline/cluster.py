@@ -9,6 +9,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -51,7 +52,9 @@ def connect() -> None:
     at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         variables = {"env_vars": THREADS | logs.environment()}
-        ray.init(ray_address(), runtime_env=variables, logging_level=logging.ERROR, log_to_driver=False)
+        # A Ray that ends with this process has no dashboard: nobody could know of it in time, and it takes its share.
+        quiet = partial(ray.init, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        quiet(ray_address(), runtime_env=variables)
     except Exception as error:  # noqa: BLE001  where it cannot start, Ray raises just that
         raise ClusterError(f"Ray cannot be reached: {in_short(error)}") from None
     if threading.current_thread() is threading.main_thread():

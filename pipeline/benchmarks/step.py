@@ -89,6 +89,7 @@ def measure_step(config: StepBenchmark, progress: Callable[[str], None]) -> dict
         "run": Path(config.config).stem,
         "generation": config.generation,
         "workers": run.cluster.workers,
+        "dashboard": bool(cluster.dashboard()),  # Ray's; one that the benchmark starts has none
         "global_batch": run.generations[config.generation].training.global_batch,
         "overhead": statistics.median(ms["product"] / ms["bare"] - 1 for ms in rounds),
         "overhead_of_loader": statistics.median(ms["fed"] / ms["bare"] - 1 for ms in rounds),
