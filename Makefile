@@ -51,14 +51,17 @@ cluster-stop:
 	@test ! -f .ray/pid || { ps -s "$$(cat .ray/pid)" -o pid= | xargs -r kill -TERM; sleep 3; \
 		ps -s "$$(cat .ray/pid)" -o pid= | xargs -r kill -KILL; rm -f .ray/pid; }
 
+# File by file in their order: the long ones, end to end, come first, so that both processes end together.
+SUITE := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(SUITE)
 
 faults: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m faults
+	$(SUITE) -m faults
 
 long: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m long
+	$(SUITE) -m long
 
 soak: install
 	$(BIN)/python -m tests.soak --kills $(or $(KILLS),100) --home $(or $(SOAK_HOME),.soak)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.dali_graph import DALI_ERRORS, feed, graph
-from pipeline.data.giving_way import Wait, give_way
+from pipeline.data.giving_way import Gaps, Wait
 from pipeline.data.parsing import PARSING
 from pipeline.data.preprocess import AugmentConfig, Draws, PreprocessConfig, noise_bank
 from pipeline.data.reading import Work
@@ -20,7 +20,6 @@ from pipeline.data.reading import Work
 log = logging.getLogger(__name__)
 
 THREADS = "[DALI]"  # what the names of its threads begin with
-STARVED = 3  # waits in which they hardly ran, after which they give way no longer; one may be a program that starts
 QUEUE = 2  # batches that DALI holds, decoded or being decoded
 
 
@@ -61,7 +60,7 @@ class Decoder:
             bank = torch.from_numpy(noise_bank(seed, pixels)).to(device)
             self._bank = bank.unfold(0, pixels, 1)  # a view: row i is the noise that begins at place i
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._gives_way, self._starved = device.type == "cpu", 0
+        self._gaps = Gaps(THREADS, used=device.type == "cpu")
 
     def run(self, works: Iterable[Work]) -> Iterator[tuple[Work, Tensor]]:
         """Decode batch after batch, in order; the next is on its way when one is handed out.
@@ -76,7 +75,8 @@ class Decoder:
             waiting.extend(islice(works, QUEUE - len(waiting)))
 
     def _run(self, waiting: deque[Work], works: Iterator[Work]) -> Iterator[tuple[Work, Tensor]]:
-        """Decode by one pipeline, to the end or until its threads are not to give way any longer."""
+        """Decode by one pipeline, to the end or until its threads find no gaps."""
+        self._gaps.before_threads()
         pipe = self._pipeline(len(waiting))
         for work in waiting:
             feed(pipe, work, self._preprocess, self._augment)
@@ -90,15 +90,13 @@ class Decoder:
             work = waiting.popleft()
             images_BCHW = self._finish(torch.utils.dlpack.from_dlpack(outputs.as_tensor()), work.draws)
             pipe.release_outputs()
-            self._starved += wait.starved
-            if stays := not self._gives_way or self._starved < STARVED:
-                for following in islice(works, 1):
-                    waiting.append(following)
-                    feed(pipe, following, self._preprocess, self._augment)
-                    pipe.schedule_run()
+            over = self._gaps.over(wait)
+            for following in islice(works, 0 if over else 1):
+                waiting.append(following)
+                feed(pipe, following, self._preprocess, self._augment)
+                pipe.schedule_run()
             yield work, images_BCHW
-            if not stays:
-                self._gives_way = False
+            if over:
                 log.info("other programs use all processors: decoding gives way to them no longer")
                 return
 
@@ -116,8 +114,6 @@ class Decoder:
                 prefetch_queue_depth=depth,
             )
         pipe.build()
-        if self._gives_way:
-            give_way(THREADS)
         return pipe
 
     def _finish(self, images_BHWC: Tensor, draws: Draws | None) -> Tensor:

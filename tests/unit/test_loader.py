@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from pipeline.data.catalogue import Records
-from pipeline.data.decoding import STARVED
+from pipeline.data.decoding import THREADS
 from pipeline.data.finishing import describe, describe_shard
+from pipeline.data.giving_way import STARVED, threads_named
 from pipeline.data.loader import Batch, TrainingLoader, iterate_images
 from pipeline.data.manifest import Manifest, ShardEntry
 from pipeline.data.order import BalancedConfig, OrderConfig, SampleOrder
@@ -238,25 +239,25 @@ def test_handed_out_batches_are_not_overwritten(grey: DataSet) -> None:
     assert all(torch.equal(one, two) for one, two in zip(kept, copies, strict=True))
 
 
-def policies() -> set[int]:
-    """How the threads that decode are scheduled."""
-    threads = [one for one in Path("/proc/self/task").iterdir() if (one / "comm").read_text().startswith("[DALI]")]
-    return {os.sched_getscheduler(int(one.name)) for one in threads}
+def policies(threads: set[int]) -> set[int]:
+    return {os.sched_getscheduler(thread) for thread in threads}
 
 
 def test_decoding_gives_way_until_others_take_every_processor(grey: DataSet) -> None:
-    gc.collect()  # decoders of other tests
     undisturbed = take(grey.loader(global_batch=51), 4 * STARVED)
+    gc.collect()  # decoders of other tests
+    before = threads_named(THREADS)
     batches = iter(grey.loader(global_batch=51))
     disturbed = [next(batches)]
-    assert policies() == {os.SCHED_IDLE}
+    first = threads_named(THREADS) - before
+    assert policies(first) == {os.SCHED_IDLE}
     everywhere, one = os.sched_getaffinity(0), min(os.sched_getaffinity(0))
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), {one})
     busy = subprocess.Popen(["taskset", "-c", str(one), sys.executable, "-c", "while True: pass"])
     try:
         disturbed += islice(batches, 4 * STARVED - 1)
-        assert policies() == {os.SCHED_OTHER}
+        assert policies(threads_named(THREADS) - before - first) == {os.SCHED_OTHER}
     finally:
         busy.kill()
         busy.wait()
