@@ -152,7 +152,7 @@ def _without_ray(plan: Plan, config: StepBenchmark, fed: bool) -> list[float]:
 
 def _rank(rank: int, ranks: int, plan: Plan, config: StepBenchmark, fed: bool, folder: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
-    torch.set_num_threads(max(1, int(plan.config.cluster.cpus_per_worker)))
+    torch.set_num_threads(plan.config.cluster.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     identities, cpu = IdentityTable.load(plan.identities), torch.device("cpu")
     trainer = make_trainer(plan, identities, cpu)

@@ -70,6 +70,11 @@ class ClusterConfig(Config):
         return self
 
     @property
+    def threads(self) -> int:
+        """Of a worker, for torch and for the decoder."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
     def fewest(self) -> int:
         """Training processes below which a run waits for nodes."""
         return self.workers if self.min_workers is None else self.min_workers

@@ -49,13 +49,13 @@ def train_rank(plan: Plan, device: torch.device, observer: RankObserver, listen:
         Whether the artefact is sealed; if not, they were asked to stop, and have saved a checkpoint.
     """
     config, folder = plan.config, metadata_folder(plan.data, plan.config.data.store)
-    torch.set_num_threads(_threads(plan))
+    torch.set_num_threads(config.cluster.threads)
     identities, manifest = IdentityTable.load(plan.identities), Manifest.load(folder)
     store = open_store(plan.data, manifest, config.data.store)
 
     def images_of(first_row: int, end_row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         part = (identities, first_row, end_row, config.preprocess, MEANS_BATCH)
-        return iterate_identities(folder, manifest, *part, threads=_threads(plan), device=device, store=store)
+        return iterate_identities(folder, manifest, *part, threads=config.cluster.threads, device=device, store=store)
 
     trainer = make_trainer(plan, identities, device, images_of)
     open_loader = partial(make_loader, plan, manifest, identities, store, device)
@@ -93,7 +93,7 @@ def make_loader(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         order=config.data.order,
-        threads=_threads(plan),
+        threads=config.cluster.threads,
         device=device,
         start_step=start_step,
         store=store,
@@ -133,7 +133,3 @@ def make_trainer(
         device,
         images_of,
     )
-
-
-def _threads(plan: Plan) -> int:
-    return max(1, int(plan.config.cluster.cpus_per_worker))
