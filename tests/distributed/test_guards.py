@@ -149,6 +149,7 @@ def test_a_rank_that_hangs_is_named_by_all_and_ends_them(tmp_path: Path, place: 
 
 def stopped(rank: int, world_size: int, folder: str, config: TrainingConfig, port: int) -> None:
     """As `run`, with a store that rank 0 holds, which is stopped in its step 3."""
+    dist.barrier()  # not while the other is still connecting
     dist.destroy_process_group()
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     run(rank, world_size, folder, config, [Fault("stop", "before load", rank=0, step=3)])

@@ -24,6 +24,7 @@ from tests.e2e.walkthrough import differing, run, steps_in
 ROOT = Path(__file__).parents[2]
 PAIRS = ["v1/v1", "v2/v1", "v2/v2", "v2-paragon/v1", "v2-paragon/v2", "v2-paragon/v2-paragon"]
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
@@ -212,7 +213,6 @@ def test_parent_that_is_not_registered_is_refused(report: dict[str, Any], home: 
     refused(alone(home, "generations.v2.parents=[v0]"), "'v0' is not registered")
 
 
-@pytest.mark.long
 def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, home: Path) -> None:
     done = build_grid(home, {**ray.environment, "RAY_ADDRESS": ray.gcs})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -239,7 +239,6 @@ def test_grid_is_trained_measured_and_written_and_then_found(ray: PrivateRay, ho
     assert (home / "RESULTS.md").read_text() == text
 
 
-@pytest.mark.long
 def test_the_upgrade_of_the_docs_goes_as_it_says(report: dict[str, Any], home: Path) -> None:
     assert report["criterion"]["v2/v1"]["held"], "the miniature is meant to be compatible"
     instead = {"configs/quickstart.yaml": "configs/tiny.yaml", "typefaces-small": "typefaces-tiny"}
@@ -252,7 +251,6 @@ def test_the_upgrade_of_the_docs_goes_as_it_says(report: dict[str, Any], home: P
             assert differing(step, printed) is None, f"{step.command}\n" + "\n".join(printed)
 
 
-@pytest.mark.long
 def test_step_is_measured_beside_a_bare_one(
     report: dict[str, Any], ray: PrivateRay, home: Path, tmp_path: Path
 ) -> None:
