@@ -35,7 +35,7 @@ def dali_refuses(raw: bytes) -> str | None:
     return None
 
 
-@_dali.pipeline_def(enable_conditionals=True, exec_dynamic=True)  # type: ignore[untyped-decorator]
+@_dali.pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
 def graph(preprocess: PreprocessConfig, augment: AugmentConfig, decode_on: str) -> Any:
     """DALI's part: bytes to (size, size, channels) images of 0 to 255, uint8 as far as nothing blends pixels."""
     raw = fn.external_source(name="raw", no_copy=True, ndim=1, dtype=types.UINT8)

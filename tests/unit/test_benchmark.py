@@ -121,6 +121,7 @@ def test_evaluation_agrees_with_the_public_way(tmp_path: Path, task: str, rival:
         assert result["faiss_first_below_best"] == 0
 
 
+@pytest.mark.long
 def test_checkpoints_are_saved_copied_and_loaded_by_fewer_ranks(tmp_path: Path) -> None:
     target, disk = tmp_path / "result.json", tmp_path / "disk"
     disk.mkdir()
@@ -138,6 +139,7 @@ def test_checkpoints_are_saved_copied_and_loaded_by_fewer_ranks(tmp_path: Path) 
     assert list(disk.iterdir()) == [], "nothing is left"
 
 
+@pytest.mark.long
 def test_scaling_is_measured_beside_processes_that_never_meet(tmp_path: Path) -> None:
     target, picture = tmp_path / "result.json", tmp_path / "scaling.png"
     command = [sys.executable, "jobs/benchmark.py", "scaling", "--workers", "2", "--batch", "3", "--rows", "50"]

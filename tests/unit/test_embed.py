@@ -390,6 +390,7 @@ class Deadly(ShardParts):
         return Deadly, super().__reduce__()[1]
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("cluster")
 def test_actors_that_die_are_replaced_a_few_times(home: Path, tmp_path: Path) -> None:
     deadly = Deadly(str(home / "shards"), StoreConfig())
