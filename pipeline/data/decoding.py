@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pipeline.data.dali_graph import DALI_ERRORS, feed, graph
 from pipeline.data.giving_way import Gaps, Wait
+from pipeline.data.kept_memory import KeptMemory
 from pipeline.data.parsing import PARSING
 from pipeline.data.preprocess import AugmentConfig, Draws, PreprocessConfig, noise_bank
 from pipeline.data.reading import Work
@@ -21,7 +23,7 @@ from pipeline.data.reading import Work
 log = logging.getLogger(__name__)
 
 THREADS = "[DALI]"  # what the names of its threads begin with
-QUEUE = 2  # batches that DALI holds, decoded or being decoded
+QUEUE = 3  # batches that DALI holds, decoded or being decoded
 
 
 class NotDecodedError(Exception):
@@ -55,11 +57,13 @@ class Decoder:
     ) -> None:
         self._preprocess, self._augment, self._device = preprocess, augment, device
         self._batch_size, self._threads = batch_size, threads
-        pixels = preprocess.channels * preprocess.size**2
+        self._shape = (preprocess.size, preprocess.size, preprocess.channels)
+        pixels = math.prod(self._shape)
         self._bank: Tensor | None = None
         if augment.noise > 0:
             bank = torch.from_numpy(noise_bank(seed, pixels)).to(device)
             self._bank = bank.unfold(0, pixels, 1)  # a view: row i is the noise that begins at place i
+        self._memory = KeptMemory((batch_size, *self._shape)) if device.type == "cpu" else None  # torch keeps a GPU's
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._gaps = Gaps(THREADS, used=device.type == "cpu")
 
@@ -140,12 +144,18 @@ class Decoder:
         images_BCHW.record_stream(torch.cuda.current_stream(self._device))
         return images_BCHW
 
+    def _new(self, samples: int) -> Tensor:
+        """(samples, H, W, C) float32 of any content, on the decoder's device."""
+        if self._memory is not None:
+            return self._memory.tensor(samples)
+        return torch.empty((samples, *self._shape), device=self._device)
+
     def _normalised(self, images_BHWC: Tensor, draws: Draws | None) -> Tensor:
         """(B, C, H, W) float32 in channels-last memory, which is how they come and what convolutions like.
 
-        Here and not in DALI, whose operator takes five times as long on a CPU (docs/data.md).
+        Here and not in DALI: the noise comes first, and on a CPU its operator takes as long (docs/data.md).
         """
-        pixels_BHWC = images_BHWC.to(torch.float32, copy=True)
+        pixels_BHWC = self._new(len(images_BHWC)).copy_(images_BHWC)
         if self._bank is not None:
             assert draws is not None, "an augmented batch comes with its draws"
             noise_BP = self._bank[torch.from_numpy(draws.noise_starts_B).to(self._device)]
