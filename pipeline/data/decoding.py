@@ -23,7 +23,7 @@ from pipeline.data.reading import Work
 log = logging.getLogger(__name__)
 
 THREADS = "[DALI]"  # what the names of its threads begin with
-QUEUE = 3  # batches that DALI holds, decoded or being decoded
+QUEUE = 2  # batches that DALI holds, decoded or being decoded
 
 
 class NotDecodedError(Exception):

@@ -25,11 +25,9 @@ class KeptMemory:
 
     def tensor(self, rows: int) -> Tensor:
         """(rows, ...) float32 of any content; its memory is its own as long as it, a view, or a graph holds it."""
-        block = next((block for block, used in self._blocks if used() is None), None)
-        self._blocks = [(other, used) for other, used in self._blocks if other is not block]
-        if block is None:
-            block = np.empty(self._shape, np.float32)
+        place = next((place for place, (_, used) in enumerate(self._blocks) if used() is None), len(self._blocks))
+        block = self._blocks[place][0] if place < len(self._blocks) else np.empty(self._shape, np.float32)
         part = block[:rows]  # the tensor's memory holds this very object, and nothing else does
-        if len(self._blocks) < KEPT:
-            self._blocks.append((block, weakref.ref(part)))
+        if place < KEPT:
+            self._blocks[place : place + 1] = [(block, weakref.ref(part))]
         return torch.from_numpy(part)
