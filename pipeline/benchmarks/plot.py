@@ -75,7 +75,8 @@ def _draw_loader(figure: Any, axes: Any, results: list[dict[str, Any]]) -> None:
         bars[-1].set_color("tab:orange")  # ours
         each.bar_label(bars, fmt="{:,.0f}", padding=3)
         each.set(title=f"augmentation: {result['augment']}", xlabel="images a second")
-        each.margins(x=0.15)
+        each.margins(x=0.2)
+        each.locator_params(axis="x", nbins=5)
     first = results[0]
     figure.suptitle(
         f"{first['size']} x {first['size']}, {first['threads']} threads, {first['machine']['device']}", fontsize=10
