@@ -1,13 +1,11 @@
-"""What the loader is measured against: DALI alone, DALI's own WebDataset reader, and WebDataset with Pillow.
-
-DALI without its dynamic executor, which is faster on a CPU: it keeps its buffers.
-"""
+"""What the loader is measured against: DALI alone, DALI's own WebDataset reader, and WebDataset with Pillow."""
 
 from __future__ import annotations
 
 import io
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,14 @@ from pipeline.data.shards import index_path
 
 _dali: Any = dali
 fn, types = _dali.fn, _dali.types
+# Without its dynamic executor DALI keeps its buffers, and is faster.
+_pipeline_on_cpu = partial(_dali.pipeline_def, device_id=None, exec_dynamic=False)
 
 
 def dali_decode(images: Sequence[bytes], batch: int, threads: int) -> Iterator[None]:
     """DALI's decoder on bytes that lie in memory, and nothing else: the ceiling."""
 
-    @_dali.pipeline_def(batch_size=batch, num_threads=threads, device_id=None, exec_dynamic=False)  # type: ignore[untyped-decorator]
+    @_pipeline_on_cpu(batch_size=batch, num_threads=threads)  # type: ignore[untyped-decorator]
     def graph() -> Any:
         return fn.decoders.image(fn.external_source(name="raw", no_copy=True, ndim=1, dtype=types.UINT8), device="cpu")
 
@@ -39,7 +39,7 @@ def dali_decode(images: Sequence[bytes], batch: int, threads: int) -> Iterator[N
 def dali_graph(images: Sequence[bytes], preprocess: PreprocessConfig, batch: int, threads: int) -> Iterator[None]:
     """As `dali_decode`, and mirrored and normalised in DALI: what a loader without any cost of its own would do."""
 
-    @_dali.pipeline_def(batch_size=batch, num_threads=threads, device_id=None, exec_dynamic=False)  # type: ignore[untyped-decorator]
+    @_pipeline_on_cpu(batch_size=batch, num_threads=threads)  # type: ignore[untyped-decorator]
     def graph() -> Any:
         decoded = fn.decoders.image(
             fn.external_source(name="raw", no_copy=True, ndim=1, dtype=types.UINT8), device="cpu"
@@ -74,7 +74,7 @@ def dali_reader(
 ) -> Iterator[None]:
     """DALI's WebDataset reader with its own shuffling and random numbers, and what the loader does to an image."""
 
-    @_dali.pipeline_def(batch_size=batch, num_threads=threads, device_id=None, exec_dynamic=False)  # type: ignore[untyped-decorator]
+    @_pipeline_on_cpu(batch_size=batch, num_threads=threads)  # type: ignore[untyped-decorator]
     def graph() -> Any:
         raw, label = fn.readers.webdataset(
             paths=[str(tar) for tar in tars],
