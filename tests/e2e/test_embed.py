@@ -21,6 +21,7 @@ from tests.unit.test_registry import make_generation, start
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
 ]
